@@ -1,0 +1,135 @@
+"""Write the generated parts of the documentation: tables and pictures from measured results.
+
+    python scripts/build_docs.py [--check]
+
+Whatever stands between `<!-- NAME -->` and `<!-- /NAME -->` in a page is made here; `--check` fails
+if a page would change.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from phikit.evals.plots import chart
+from phikit.evals.stats import pooled
+from phikit.recipes import PIPELINES
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+IMAGES = ROOT / "docs" / "images"
+
+
+def main() -> None:
+    """Renew every page that has generated parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if one is due")
+    check = parser.parse_args().check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        renewed = renew(text)
+        if renewed != text:
+            stale.append(page)
+            if not check:
+                page.write_text(renewed, encoding="utf-8")
+    if check and stale:
+        raise SystemExit(f"out of date: {', '.join(map(str, stale))}; run `make docs`")
+    if not check:
+        draw()
+
+
+def renew(text: str) -> str:
+    """The page with every generated part made anew."""
+    for name, make in PARTS.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if pattern.search(text):
+            made = make()
+            text = pattern.sub(lambda match, made=made: match[1] + made + match[2], text)
+    return text
+
+
+def results(pipeline: str) -> dict[str, Any]:
+    """What `benchmarks/seeds.py` measured."""
+    return json.loads((RESULTS / f"{pipeline}.json").read_text(encoding="utf-8"))
+
+
+def stage_table(pipeline: str) -> str:
+    """Every stage over the seeds: means, spread between seeds, paired differences of each seed."""
+    runs = results(pipeline)["runs"]
+    lines = [
+        "| Stage | Seconds | Tokens trained | Accuracy, greedy | pass@1, T = 0.6 | Length "
+        "| Paired change of each seed, 95 % interval |",
+        "|:--|--:|--:|--:|--:|--:|:--|",
+    ]
+    for stages in zip(*(run["stages"] for run in runs), strict=True):
+        cells = [
+            stages[0]["name"],
+            f"{fmean(s['seconds'] for s in stages):.0f}",
+            f"{fmean(s['tokens'] for s in stages) / 1e6:.2f} M",
+            spread([s["accuracy"] for s in stages]),
+            spread([s["pass_at_1_t06"] for s in stages]),
+            f"{fmean(s['mean_tokens'] for s in stages):.0f}",
+            "<br>".join(change(s["paired"]) for s in stages if s["paired"]) or "–",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    walls = [run["wall_seconds"] for run in runs]
+    problems = runs[0]["stages"][0]["n"]
+    errors = [100 * s["stderr"] for run in runs for s in run["stages"][1:]]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean ± standard deviation over {len(runs)} seeds; {problems} held-out problems of 2 "
+            f"to 5 calculations, the same for all. One seed's standard error over problems is at "
+            f"most {max(errors):.1f} points. Whole command: "
+            f"{min(walls) / 60:.1f} to {max(walls) / 60:.1f} minutes.",
+            "",
+        ]
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation between seeds, in percent."""
+    over = pooled([100 * value for value in values])
+    return f"{over.mean:.1f}" + ("" if over.spread is None else f" ± {over.spread:.1f}") + " %"
+
+
+def change(paired: dict[str, Any]) -> str:
+    """One seed's paired difference, in points; says when it is within noise."""
+    delta, low, high = (100 * paired[key] for key in ("delta", "low", "high"))
+    noise = " (within noise)" if low <= 0 <= high else ""
+    return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]{noise}".replace("-", "−")
+
+
+def recipe_table() -> str:
+    """All recipes with the first line of their docstrings."""
+    lines = ["| Recipe | What it makes | Stages |", "|:--|:--|:--|"]
+    for name, recipe in PIPELINES.items():
+        stages = " → ".join(stage.name for stage in recipe().stages)
+        first = (recipe.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"| `{name}` | {first} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw() -> None:
+    """The pictures of README, in both colour schemes, from the first seed."""
+    if not (RESULTS / "nano_reasoner.json").exists():
+        return
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    first = {"stages": results("nano_reasoner")["runs"][0]["stages"]}
+    for scheme in ("light", "dark"):
+        chart(first, IMAGES / f"nano_reasoner-{scheme}.svg", dark=scheme == "dark")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "nano_reasoner results": lambda: stage_table("nano_reasoner"),
+    "smol_reasoner results": lambda: stage_table("smol_reasoner"),
+    "recipes": recipe_table,
+}
+
+if __name__ == "__main__":
+    main()
