@@ -1,0 +1,56 @@
+"""Threads, dtypes, ranks and memory: the few facts about the machine that the rooms share."""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from phikit.base.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One process among `size` that train together."""
+
+    index: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.index == 0
+
+
+def set_threads(count: int | None) -> int:
+    """Limit torch to `count` CPU threads (None keeps its own choice); returns the number in use.
+
+    Raises:
+        ConfigError: `count` is below 1.
+    """
+    if count is not None:
+        if count < 1:
+            raise ConfigError(
+                f"threads is {count}", fix="give 1 or more, or null for torch's choice"
+            )
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`.
+
+    Raises:
+        ConfigError: it is not one that models are kept in.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", fix=f"choose from: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far (resident set; not the GPU's)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

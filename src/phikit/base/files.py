@@ -1,0 +1,80 @@
+"""Files that survive a crash: written under another name, flushed to the disk, then renamed."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from phikit.base.errors import StorageError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn "disk full", "no permission" and "no such place" into a StorageError that names `path`.
+
+    safetensors reports the operating system's error only inside its message, so that is read too.
+    Every other error passes through unchanged.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in _NO_SPACE or "StorageFull" in str(error):
+            raise StorageError(
+                f"the disk is full: cannot write {path}",
+                fix="free some space, or choose another folder, then resume the run",
+            ) from error
+        if number in _NO_ACCESS or "PermissionDenied" in str(error):
+            raise StorageError(
+                f"not allowed to write {path}", fix="choose a folder you may write to"
+            ) from error
+        if isinstance(error, OSError) and _is_no_place(error, path):
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}", fix="choose another folder"
+            ) from error
+        raise
+
+
+def _is_no_place(error: OSError, path: Path) -> bool:
+    """Whether nothing can be created at `path`; a missing file beside it is no such error."""
+    if error.errno == errno.ENOENT:
+        return error.filename == str(path) or not path.parent.exists()
+    return error.errno in _NO_PLACE
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names inside a folder durable (POSIX wants this after a create or a rename)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a whole file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder may not be written.
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)

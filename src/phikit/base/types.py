@@ -1,0 +1,54 @@
+"""Value types that travel between rooms.
+
+Shape suffixes, one legend for the project: B batch, T tokens, D model, N heads, K kv-heads, H head,
+F hidden, E experts, V vocabulary, R rank. `x_BTD` is a tensor of shape [batch, tokens, model].
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IGNORE = -100  # a target that carries no loss; torch's cross entropy uses the same number
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One token sequence and which of its tokens are learnt.
+
+    Attributes:
+        tokens: int32 [T].
+        loss_mask: bool [T]; True where the token is a target, to be predicted from those before.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.loss_mask.shape, (self.tokens.shape, self.loss_mask.shape)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Batch(NamedTuple):
+    """What the model and the objective are given for one step.
+
+    Attributes:
+        tokens_BT: int64 token ids.
+        targets_BT: int64; the next token, or `IGNORE` where there is no target.
+        positions_BT: int64; restart at 0 with every packed document.
+        documents_BT: int64 document number within the row, -1 for padding; None when rows are not
+            packed.
+        num_tokens: tokens in the batch, padding left out.
+        extras: what an objective adds, by name (advantages, reference log-probabilities, ...).
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    positions_BT: Tensor
+    documents_BT: Tensor | None
+    num_tokens: int
+    extras: dict[str, Tensor]

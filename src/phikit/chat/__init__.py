@@ -1,0 +1,1 @@
+"""Level 1: the one place that turns words into tokens and back: messages, tokenizers, renderers."""

@@ -1,0 +1,135 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phikit.base.errors import ChatError, DataError
+from phikit.chat.render import NANO_SPECIALS
+from phikit.chat.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["one two three 123 one two", "the cat sat on the mat, then the other one", "a\n\nb"]
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def test_special_ids_come_first_in_order(nano_tokenizer: Tokenizer):
+    assert list(nano_tokenizer.specials.values()) == list(range(7))
+    assert tuple(nano_tokenizer.specials) == NANO_SPECIALS
+    assert nano_tokenizer.special("<|end|>") == 4
+    assert nano_tokenizer.size == 300
+    with pytest.raises(ChatError, match=r"no special token '<\|im_end\|>'"):
+        nano_tokenizer.special("<|im_end|>")
+
+
+@given(text=TEXT)
+def test_decode_inverts_encode(nano_tokenizer: Tokenizer, text: str):
+    assert nano_tokenizer.decode(nano_tokenizer.encode(text)) == text
+
+
+@given(parts=st.lists(st.one_of(st.sampled_from(NANO_SPECIALS), TEXT), max_size=6))
+def test_text_never_becomes_special(nano_tokenizer: Tokenizer, parts: list[str]):
+    text = "".join(parts)
+    ids = nano_tokenizer.encode(text)
+    assert not set(ids) & set(nano_tokenizer.specials.values())
+    assert nano_tokenizer.decode(ids) == text
+
+
+def test_plain_added_markers_become_special_on_load(tmp_path: Path, nano_tokenizer: Tokenizer):
+    inner = tokenizers.Tokenizer.from_str(nano_tokenizer.to_json())
+    inner.add_tokens(["<tool_call>"])
+    inner.enable_truncation(2)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    marker = loaded.special("<tool_call>")
+    assert marker == 300
+    assert marker not in loaded.encode("<tool_call>")
+    assert len(loaded.encode("a longer text than two tokens")) > 2
+
+
+def test_digits_stand_alone(nano_tokenizer: Tokenizer):
+    pieces = [nano_tokenizer.decode([id_]) for id_ in nano_tokenizer.encode("12 + 7")]
+    assert [piece for piece in pieces if piece.strip().isdigit()] == ["1", "2", "7"]
+
+
+def test_save_and_load(tmp_path: Path, nano_tokenizer: Tokenizer):
+    nano_tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.to_json() == nano_tokenizer.to_json()
+    assert loaded.encode("Anna has 12") == nano_tokenizer.encode("Anna has 12")
+
+
+def test_load_names_what_is_wrong(tmp_path: Path):
+    with pytest.raises(ChatError, match=r"tokenizer\.json does not exist"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ChatError, match="is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_training_is_deterministic_across_processes():
+    script = (
+        "from phikit.chat.tokenizer import train_tokenizer\n"
+        f"print(train_tokenizer({TEXTS!r}, size=280, specials=['<|e|>']).to_json())"
+    )
+    outputs = set()
+    for threads in ("1", "2"):
+        environment = os.environ | {
+            "TOKENIZERS_PARALLELISM": "true",
+            "RAYON_NUM_THREADS": threads,
+            "PYTHONHASHSEED": threads,
+        }
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, check=True
+        )
+        outputs.add(json.dumps(json.loads(run.stdout)))
+    shuffled = train_tokenizer(reversed(TEXTS), size=280, specials=["<|e|>"])
+    outputs.add(json.dumps(json.loads(shuffled.to_json())))
+    assert len(outputs) == 1
+
+
+def test_training_refuses_impossible_sizes():
+    with pytest.raises(DataError, match="too small"):
+        train_tokenizer(TEXTS, size=200, specials=[])
+    with pytest.raises(DataError, match="the texts give only"):
+        train_tokenizer(["a"], size=300, specials=[])
+
+
+@given(ids=st.lists(st.integers(0, 299), max_size=40))
+def test_stream_decoder_equals_decode(nano_tokenizer: Tokenizer, ids: list[int]):
+    decoder = nano_tokenizer.decoder()
+    pieces = [decoder.push(id_) for id_ in ids]
+    assert "".join(pieces) + decoder.flush() == nano_tokenizer.decode(ids)
+
+
+@given(text=TEXT)
+def test_stream_decoder_never_shows_half_a_character(nano_tokenizer: Tokenizer, text: str):
+    decoder = nano_tokenizer.decoder()
+    pieces = [decoder.push(id_) for id_ in nano_tokenizer.encode(text)]
+    assert ("\ufffd" in "".join(pieces)) <= ("\ufffd" in text)
+
+
+def test_lone_surrogates_are_refused(nano_tokenizer: Tokenizer):
+    with pytest.raises(ChatError, match="not valid Unicode"):
+        nano_tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("split", ["gpt2", "smollm"])
+def test_from_parts_rebuilds_a_tokenizer(split):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", *alphabet, "12", "ab", "abc"]
+    built = Tokenizer.from_parts(
+        tokens, merges=["1 2", "a b", "ab c"], special_ids=[0], split=split
+    )
+    assert built.special("<|endoftext|>") == 0
+    pieces = [built.decode([id_]) for id_ in built.encode("abc12")]
+    assert pieces == (["abc", "12"] if split == "gpt2" else ["abc", "1", "2"])
+
+
+def test_from_parts_refuses_an_unknown_split():
+    with pytest.raises(ChatError, match="unknown pre-tokenizer 'llama'"):
+        Tokenizer.from_parts(["a"], merges=[], special_ids=[], split="llama")  # pyright: ignore
