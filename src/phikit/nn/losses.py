@@ -1,0 +1,89 @@
+"""Log-probabilities of tokens straight from hidden states, without the full logits in memory.
+
+Logits of shape tokens x vocabulary dominate the memory of training a small model. Here they exist
+only for a chunk of tokens at a time: the forward pass keeps one number per token (the log-sum-exp),
+the backward pass recomputes the chunk. Every objective is built on this one function: cross-entropy
+is its negative, DPO sums it over replies, policy gradients weigh it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at once (float32: 16 MiB)."""
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        wants_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        norms, chosen, entropies = [], [], []
+        for start in range(0, len(x_ND), chunk):
+            logits = (x_ND[start : start + chunk] @ weight_VD.T).float().div_(temperature)
+            targets = targets_N[start : start + chunk, None]
+            norm = logits.logsumexp(-1)
+            chosen.append(logits.gather(-1, targets)[:, 0] - norm)
+            if wants_entropy:
+                log_probs = logits.sub_(norm[:, None])
+                entropies.append(-(log_probs.exp() * log_probs).sum(-1))
+            norms.append(norm)
+        empty = x_ND.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(x_ND, weight_VD, targets_N, torch.cat([empty, *norms]))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy_N = torch.cat([empty, *entropies])
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat([empty, *chosen]), entropy_N
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_N: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x_ND, weight_VD, targets_N, norms_N = ctx.saved_tensors
+        grad_x = torch.empty_like(x_ND)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, len(x_ND), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logits = (x_ND[rows] @ weight_VD.T).float().div_(ctx.temperature)
+            scale = -grad_N[rows, None] / ctx.temperature
+            grad = logits.sub_(norms_N[rows, None]).exp_().mul_(scale)
+            grad.scatter_add_(1, targets_N[rows, None], -scale)
+            grad = grad.to(x_ND.dtype)
+            grad_x[rows] = grad @ weight_VD
+            if grad_weight is not None:
+                grad_weight += grad.T @ x_ND[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def token_log_probs(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each target under softmax(x W^T / temperature), in nats, float32 [N].
+
+    Gradients flow to `x_ND` and `weight_VD`.
+    """
+    return _TokenLogProbs.apply(x_ND, weight_VD, targets_N, temperature, False)[0]  # pyright: ignore
+
+
+def token_log_probs_and_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probs`, and the entropy of each distribution in nats, float32 [N], no gradient."""
+    return _TokenLogProbs.apply(x_ND, weight_VD, targets_N, temperature, True)  # pyright: ignore
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats, float32 [N], not summed."""
+    return -token_log_probs(x_ND, weight_VD, targets_N)

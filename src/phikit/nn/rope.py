@@ -1,0 +1,92 @@
+"""Rotary position embedding (Su et al., 2021): half-split, partial, LongRoPE (Ding et al., 2024).
+
+The first `rotary_dim` channels of a head are rotated in pairs (i, i + rotary_dim/2); the rest pass
+through. LongRoPE divides each frequency by a learnt factor and scales cos and sin by one constant;
+which of its two factor sets applies depends on the longest position of the call, so the tables are
+computed once per forward pass and handed to every layer.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phikit.base.config import Config
+
+
+class LongRope(Config):
+    """LongRoPE constants of a checkpoint; both factor lists have rotary_dim / 2 entries."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_context: int
+    """Context length before extension; the long factors apply from `original_context + 1` on."""
+
+
+class RopeTables(NamedTuple):
+    """cos and sin, each [B or 1, T, 1, rotary_dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def attention_factor(longrope: LongRope | None, max_context: int) -> float:
+    """LongRoPE's factor on cos and sin: sqrt(1 + ln s / ln original), s the extension."""
+    if longrope is None or max_context <= longrope.original_context:
+        return 1.0
+    stretch = max_context / longrope.original_context
+    return math.sqrt(1 + math.log(stretch) / math.log(longrope.original_context))
+
+
+def rope_tables(
+    positions_BT: Tensor,
+    *,
+    rotary_dim: int,
+    theta: float,
+    longrope: LongRope | None,
+    max_context: int,
+    dtype: torch.dtype,
+) -> RopeTables:
+    """Cosines and sines for the given positions, computed in float32 and cast to `dtype` last."""
+    exponents = torch.arange(0, rotary_dim, 2, device=positions_BT.device).float() / rotary_dim
+    frequencies = theta**exponents
+    if longrope is not None:
+        is_long = int(positions_BT.max()) >= longrope.original_context
+        factors = longrope.long_factor if is_long else longrope.short_factor
+        frequencies = torch.tensor(factors, device=positions_BT.device) * frequencies
+    angles_BTH = positions_BT[..., None, None].float() * (1.0 / frequencies)
+    scale = attention_factor(longrope, max_context)
+    return RopeTables((angles_BTH.cos() * scale).to(dtype), (angles_BTH.sin() * scale).to(dtype))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, direction=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, direction=-1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
+    half = cos.shape[-1]
+    parts = [half, half, x.shape[-1] - 2 * half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (a, b, rest), (out_a, out_b, out_rest) = x.split(parts, dim=-1), out.split(parts, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=direction)
+    out_rest.copy_(rest)
+    return out
+
+
+def rotate(x_BTNH: Tensor, tables: RopeTables) -> Tensor:
+    """Rotate the first `2 * cos.shape[-1]` channels of every head; the rest pass through.
+
+    The gradient of a rotation is the rotation back, so the backward pass runs the same five
+    operations in place of the fourteen that automatic differentiation would record.
+    """
+    return _Rotate.apply(x_BTNH, tables.cos, tables.sin)  # pyright: ignore[reportReturnType]
