@@ -1,0 +1,129 @@
+"""Sources: where problems come from, as configuration.
+
+A source yields the problems of one split. Generated and outside problems alike belong to a split by
+their content, so no seed and no file can put one problem on both sides.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from phikit.base.config import Config
+from phikit.base.errors import DataError, MissingExtraError
+from phikit.data.problem import Problem, Provenance, normalise, read_problems
+from phikit.data.procedural import DEFAULT_STEPS, Level, generate
+from phikit.data.split import Split, split_of
+
+
+class ProceduralSource(Config):
+    """Generated word problems with traces."""
+
+    kind: Literal["procedural"] = "procedural"
+    count: int
+    steps: dict[int, float] = Field(default_factory=lambda: dict(DEFAULT_STEPS))
+    """Number of calculations in a problem, and the weight of each."""
+    families: tuple[str, ...] | None = None
+    """None takes all."""
+    level: Level = Level()
+
+
+class FileSource(Config):
+    """A JSONL file of `{"question", "answer"}` rows, with "thinking" and "solution" to train on."""
+
+    kind: Literal["file"] = "file"
+    path: str
+    count: int | None = None
+
+
+class HubSource(Config):
+    """A data set of the Hugging Face hub, read row by row; needs the `hub` extra and a network."""
+
+    kind: Literal["hub"] = "hub"
+    id: str
+    revision: str | None = None
+    name: str | None = None
+    rows_of: str = "train"
+    """The data set's own split to read from."""
+    question: str = "question"
+    answer: str = "answer"
+    solution: str | None = None
+    """Column with the reply; a `<think>` part in it becomes the thinking."""
+    count: int | None = None
+    license: str = "unknown"
+
+
+Source = ProceduralSource | FileSource | HubSource
+
+
+def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
+    """The source's problems of one split, at most `count`.
+
+    Raises DataError if there are none, MissingExtraError if a hub source lacks its package.
+    """
+    if isinstance(source, ProceduralSource):
+        return generate(
+            seed=seed,
+            count=source.count,
+            split=split,
+            families=source.families,
+            steps=source.steps,
+            level=source.level,
+        )
+    problems: Iterable[Problem] = (
+        read_problems(source.path) if isinstance(source, FileSource) else _hub(source)
+    )
+    found: list[Problem] = []
+    for problem in problems:
+        if source.count is not None and len(found) == source.count:
+            break
+        if split_of(problem.signature) == split:
+            found.append(problem)
+    if not found:
+        raise DataError(f"{source.kind} source has no problem of the split {split!r}")
+    return found
+
+
+def _hub(source: HubSource) -> Iterable[Problem]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError("datasets", "hub") from error
+    rows = load_dataset(
+        source.id, source.name, split=source.rows_of, revision=source.revision, streaming=True
+    )
+    for index, row in enumerate(rows):
+        yield _hub_problem(source, row, index)
+
+
+def _hub_problem(source: HubSource, row: Mapping[str, Any], index: int) -> Problem:
+    columns = [c for c in (source.question, source.answer, source.solution) if c is not None]
+    missing = [column for column in columns if not isinstance(row.get(column), str)]
+    if missing:
+        raise DataError(
+            f"{source.id}, row {index}: no text in the columns {missing}; it has {sorted(row)}",
+            fix="name the columns in the source's config",
+        )
+    thinking, solution = None, row[source.solution] if source.solution else None
+    if solution is not None and "</think>" in solution:
+        thinking, solution = solution.removeprefix("<think>").split("</think>", 1)
+        thinking, solution = thinking.strip(), solution.strip()
+    signature = normalise(row[source.question])
+    return Problem(
+        question=row[source.question],
+        answer=row[source.answer],
+        thinking=thinking,
+        solution=solution,
+        steps=None,
+        signature=signature,
+        provenance=Provenance(
+            source=source.id,
+            family="",
+            license=source.license,
+            split=split_of(signature),
+            generator="hub",
+            version=source.revision or "main",
+            seed=0,
+            index=index,
+        ),
+    )
