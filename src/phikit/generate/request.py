@@ -1,0 +1,50 @@
+"""What goes into the engine and what comes out of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued `num_samples` times."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    num_samples: int = 1
+    temperature: float = 1.0
+    """0 decodes greedily."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    """Sample `i` of this request draws from the stream (seed, i), whatever else is in the batch."""
+    stop_ids: tuple[int, ...] = ()
+
+
+class Completion(NamedTuple):
+    """One continuation."""
+
+    tokens: list[int]
+    """Sampled ids, the stop token included."""
+    log_probs: list[float]
+    """Log-probability in nats of each id under the temperature-scaled distribution, before top-k
+    and top-p cut it."""
+    finish_reason: Literal["stop", "length"]
+
+
+OnProgress = Callable[[int, int], None]
+"""Called with (sampled tokens, finished completions) since the last call."""
+
+
+class Generator(Protocol):
+    """The interface of an engine, in this process or elsewhere."""
+
+    def generate(
+        self, requests: Sequence[Request], *, on_progress: OnProgress | None = None
+    ) -> list[list[Completion]]:
+        """The samples of each request, in order."""
+        ...
+
+    def check(self, request: Request) -> None:
+        """Raise ContextOverflowError if the request cannot fit the model's context."""
+        ...

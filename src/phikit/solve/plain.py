@@ -1,0 +1,121 @@
+"""The plain solver: ask the question once, sample the reply, do nothing else.
+
+Each problem is one Request, however many replies are wanted, so its prompt is computed once. A
+problem's seed follows from its content: its replies are the same whatever else is asked, and in
+whatever order.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from phikit.base.config import Config
+from phikit.base.errors import ContextOverflowError
+from phikit.chat.message import Message
+from phikit.chat.render import Renderer
+from phikit.data.problem import Problem
+from phikit.generate.request import Completion, Generator, OnProgress, Request
+from phikit.solve.solver import Reply, Solver
+
+
+class SamplingConfig(Config):
+    """How replies are drawn."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest reply; a reply that reaches it is cut and marked unfinished."""
+    num_samples: int = Field(default=1, ge=1)
+    """Replies per problem."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 always takes the most likely token."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> Self:
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"temperature 0 would give {self.num_samples} identical replies; "
+                "set num_samples to 1 or raise the temperature"
+            )
+        return self
+
+
+def problem_seed(seed: int, content_hash: str) -> int:
+    """The seed of one problem's replies: a hash of the run's seed and the problem, 63 bits."""
+    digest = hashlib.blake2b(f"{seed}:{content_hash}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def plain(
+    engine: Generator,
+    renderer: Renderer,
+    sampling: SamplingConfig,
+    *,
+    system: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Solver:
+    """A solver that asks each question as one user turn.
+
+    A question that does not fit the context does not stop the others: its replies carry an `error`
+    with the sizes, and score as "error".
+
+    Args:
+        system: a system message before every question; None leaves the renderer's default.
+        on_progress: passed to the engine.
+    """
+
+    def solve(problems: Sequence[Problem]) -> list[list[Reply]]:
+        requests = [_request(problem, renderer, sampling, system) for problem in problems]
+        errors = [_overflow(engine, request) for request in requests]
+        fitting = [r for r, error in zip(requests, errors, strict=True) if error is None]
+        completions = iter(engine.generate(fitting, on_progress=on_progress))
+        return [
+            [_failed(error) for _ in range(sampling.num_samples)]
+            if error is not None
+            else [_reply(completion, renderer) for completion in next(completions)]
+            for error in errors
+        ]
+
+    return solve
+
+
+def _request(
+    problem: Problem, renderer: Renderer, sampling: SamplingConfig, system: str | None
+) -> Request:
+    messages = [] if system is None else [Message(role="system", content=system)]
+    messages.append(Message(role="user", content=problem.question))
+    return Request(
+        prompt=renderer.prompt(messages),
+        max_new_tokens=sampling.max_new_tokens,
+        num_samples=sampling.num_samples,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=problem_seed(sampling.seed, problem.content_hash),
+        stop_ids=renderer.stop_ids,
+    )
+
+
+def _overflow(engine: Generator, request: Request) -> str | None:
+    try:
+        engine.check(request)
+    except ContextOverflowError as error:
+        return error.what
+    return None
+
+
+def _reply(completion: Completion, renderer: Renderer) -> Reply:
+    return Reply(
+        message=renderer.parse(completion.tokens),
+        tokens=completion.tokens,
+        log_probs=completion.log_probs,
+        finished=completion.finish_reason == "stop",
+    )
+
+
+def _failed(error: str) -> Reply:
+    nothing = Message(role="assistant", content="")
+    return Reply(message=nothing, tokens=[], log_probs=[], finished=False, error=error)
