@@ -1,0 +1,136 @@
+"""What a pipeline is made of: a base, stages in order, and one evaluation after each stage."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from phikit.base.config import Config
+from phikit.data.corpus import CorpusMixture
+from phikit.data.source import Source
+from phikit.models.dense import DenseConfig
+from phikit.train.dpo import DPOConfig
+from phikit.train.grpo import GRPOConfig
+from phikit.train.lm import LMConfig
+from phikit.train.loop import LoopConfig
+from phikit.train.sft import SFTConfig
+
+
+class NewBase(Config):
+    """A model from nothing: random weights, a tokenizer trained on the pre-training corpus."""
+
+    kind: Literal["new"] = "new"
+    model: DenseConfig
+    renderer: str = "phi4-mini"
+    tokenizer_documents: int
+    """Documents of the corpus that the tokenizer is trained on."""
+    tokenizer_traces: Source
+    """Problems whose questions and traces it is trained on as well."""
+
+
+class PretrainedBase(Config):
+    """A checkpoint: a folder, a `.gguf` file, or the name of an installed model package."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str
+    model: DenseConfig
+    """What the checkpoint must hold; lets a dry run count parameters without it."""
+
+
+class HubBase(Config):
+    """A published checkpoint, fetched from the Hugging Face hub."""
+
+    kind: Literal["hub"] = "hub"
+    id: str
+    revision: str | None = None
+    model: DenseConfig
+    """What the checkpoint must hold; lets a dry run count parameters without it."""
+
+
+class LoRAConfig(Config):
+    """Train low-rank adapters in place of all weights; merged at the end of every stage."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class _Stage(Config):
+    name: str
+    loop: LoopConfig
+
+
+class PretrainStage(_Stage):
+    """Next-token prediction on generated documents."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    documents: int
+    mixture: CorpusMixture = CorpusMixture()
+    lm: LMConfig
+
+
+class MidStage(_Stage):
+    """Next-token prediction on packed teacher traces: distilled chain of thought."""
+
+    kind: Literal["mid"] = "mid"
+    source: Source
+    lm: LMConfig
+
+
+class SFTStage(_Stage):
+    """Fine-tuning on unpacked traces, loss on the reply."""
+
+    kind: Literal["sft"] = "sft"
+    source: Source
+    sft: SFTConfig
+
+
+class DPOStage(_Stage):
+    """Rollout DPO: the student's own correct rollouts against its wrong ones."""
+
+    kind: Literal["dpo"] = "dpo"
+    source: Source
+    samples: int = 8
+    """Rollouts per problem."""
+    temperature: float = 1.0
+    max_new_tokens: int
+    max_pairs_per_problem: int = 3
+    dpo: DPOConfig
+
+
+class RLStage(_Stage):
+    """Reinforcement learning with the verifier as reward."""
+
+    kind: Literal["rl"] = "rl"
+    source: Source
+    grpo: GRPOConfig
+
+
+Stage = Annotated[
+    PretrainStage | MidStage | SFTStage | DPOStage | RLStage, Field(discriminator="kind")
+]
+
+
+class EvaluationConfig(Config):
+    """The held-out problems every stage is scored on, greedily and by sampling."""
+
+    source: Source
+    max_new_tokens: int
+    samples: int = 4
+    temperature: float = 0.6
+    seed: int = 7
+    """Draws the problems; the same for all stages and all seeds of the pipeline."""
+
+
+class PipelineConfig(Config):
+    """A whole pipeline, complete: nothing is read from anywhere else."""
+
+    name: str
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+    base: Annotated[NewBase | PretrainedBase | HubBase, Field(discriminator="kind")]
+    lora: LoRAConfig | None = None
+    stages: tuple[Stage, ...]
+    evaluation: EvaluationConfig
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -1,0 +1,332 @@
+"""Running a pipeline: stage after stage, each kept under its fingerprint, each scored the same way.
+
+A stage's fingerprint covers its own config, the seed, the base, and the stage before it. A folder
+`stages/<number>-<name>-<fingerprint>` that is finished is used again; one that is not goes on from
+its last checkpoint; a changed config starts a new folder and leaves the old one alone.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import phikit
+from phikit.base.config import fingerprint
+from phikit.base.device import parse_dtype, set_threads
+from phikit.base.errors import RunError
+from phikit.base.files import storage_errors, write_atomic
+from phikit.base.metrics import open_trackers
+from phikit.base.progress import Progress
+from phikit.base.run import Run
+from phikit.chat.render import NANO_SPECIALS, renderer_for
+from phikit.chat.tokenizer import train_tokenizer
+from phikit.data.problem import Problem, assert_disjoint
+from phikit.data.source import load_problems
+from phikit.evals.report import write_report
+from phikit.evals.scorer import math_scorer
+from phikit.evals.stats import paired_difference
+from phikit.evals.task import EvalResult, Task, evaluate
+from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
+from phikit.generate.engine import Engine
+from phikit.models.dense import DenseModel
+from phikit.nn.lora import attach_lora, merge_lora
+from phikit.recipes.config import (
+    DPOStage,
+    HubBase,
+    NewBase,
+    PipelineConfig,
+    PretrainStage,
+    RLStage,
+    Stage,
+)
+from phikit.recipes.stages import StageContext, corpus, prepare, stage_seed
+from phikit.solve.plain import SamplingConfig, plain
+from phikit.train.loop import train
+from phikit.weights.hub import fetch
+from phikit.weights.load import Loaded, load
+from phikit.weights.save import save
+
+ADAPTER = "stage"
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """A stage of a pipeline and where it lives."""
+
+    stage: Stage
+    path: Path
+    fingerprint: str
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def result(self) -> dict[str, Any] | None:
+        """What training cost, if the stage is finished."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def stage_folders(config: PipelineConfig, out: Path) -> list[StageFolder]:
+    """Where each stage of `config` lives under `out`."""
+    folders = []
+    upstream = fingerprint(
+        {
+            "phikit": phikit.__version__,
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "base": config.base.model_dump(mode="json"),
+            "lora": config.lora.model_dump(mode="json") if config.lora else None,
+        }
+    )
+    for number, stage in enumerate(config.stages):
+        upstream = fingerprint({"upstream": upstream, "stage": stage.model_dump(mode="json")})
+        path = out / "stages" / f"{number}-{stage.name}-{upstream[:8]}"
+        folders.append(StageFolder(stage, path, upstream))
+    return folders
+
+
+class Pipeline:
+    """A pipeline in a folder; `run` does whatever of it is not done yet."""
+
+    def __init__(self, config: PipelineConfig, out: Path, *, progress: Progress) -> None:
+        self.config, self.out, self.progress = config, out, progress
+        self.folders = stage_folders(config, out)
+        self.scorer = math_scorer()
+
+    def run(self, *, until: str | None = None) -> dict[str, Any]:
+        """Run the stages up to `until` (by default all) and return the results.
+
+        Raises RunError for an unknown stage, and what the stages raise; finished work is kept.
+        """
+        names = [folder.stage.name for folder in self.folders]
+        if until is not None and until not in names:
+            raise RunError(
+                f"{self.config.name} has no stage {until!r}", fix=f"choose from {', '.join(names)}"
+            )
+        self._write_config()
+        set_threads(self.config.threads)
+        problems = self._problems()
+        results: list[dict[str, Any]] = []
+        evaluations: list[dict[str, EvalResult]] = []
+        loaded = None if isinstance(self.config.base, NewBase) else self._load_base()
+        if loaded is not None:
+            evaluations.append(self._evaluate(loaded, problems["test"], self.out / "base"))
+            results.append(self._summary("base", None, evaluations))
+        for folder in self.folders:
+            if folder.result() is None:
+                loaded = self._train(folder, loaded, problems[folder.stage.name])
+            else:
+                self.progress.print(f"{folder.stage.name}: done before, kept in {folder.path}")
+                loaded = load(folder.model, dtype=parse_dtype(self.config.dtype))
+            evaluations.append(self._evaluate(loaded, problems["test"], folder.path))
+            results.append(self._summary(folder.stage.name, folder, evaluations))
+            self._write_results(results)
+            if folder.stage.name == until:
+                break
+        return self._write_results(results)
+
+    def _write_config(self) -> None:
+        record = self.out / "config.json"
+        content = {
+            "phikit": phikit.__version__,
+            "kind": "pipeline",
+            "config": self.config.model_dump(mode="json"),
+        }
+        with storage_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        if record.exists():
+            kind = json.loads(record.read_text(encoding="utf-8")).get("kind")
+            if kind != "pipeline":
+                raise RunError(f"{self.out} holds something else", fix="choose another --out")
+        write_atomic(record, json.dumps(content, indent=2) + "\n")
+
+    def _problems(self) -> dict[str, list[Problem]]:
+        """The problems of every stage and of the test, with no problem on two sides."""
+        config = self.config
+        sets: dict[str, list[Problem]] = {}
+        sides: dict[str, list[Problem]] = {"train": [], "rl": []}
+        for stage in config.stages:
+            if isinstance(stage, PretrainStage):
+                sets[stage.name] = []
+                continue
+            side = "rl" if isinstance(stage, DPOStage | RLStage) else "train"
+            seed = stage_seed(config.seed, stage.name, "problems")
+            sets[stage.name] = load_problems(stage.source, split=side, seed=seed)
+            sides[side] += sets[stage.name]
+        evaluation = config.evaluation
+        sets["test"] = load_problems(evaluation.source, split="test", seed=evaluation.seed)
+        assert_disjoint(**sides, test=sets["test"])
+        return sets
+
+    def _load_base(self) -> Loaded:
+        base = self.config.base
+        assert not isinstance(base, NewBase)
+        path = fetch(base.id, revision=base.revision) if isinstance(base, HubBase) else base.path
+        return load(path, dtype=parse_dtype(self.config.dtype))
+
+    def _new_base(self, stage: PretrainStage) -> Loaded:
+        """Random weights and a tokenizer trained on documents of the corpus and on traces."""
+        base, seed = self.config.base, self.config.seed
+        assert isinstance(base, NewBase)
+        texts = [
+            document.content
+            if isinstance(document.content, str)
+            else "\n".join(message.content for message in document.content)
+            for document in corpus(stage, seed, count=base.tokenizer_documents)
+        ]
+        traces = load_problems(
+            base.tokenizer_traces, split="train", seed=stage_seed(seed, "tokenizer", "problems")
+        )
+        texts += [f"{p.question}\n{p.thinking}\n{p.solution}" for p in traces]
+        tokenizer = train_tokenizer(texts, size=base.model.vocab_size, specials=NANO_SPECIALS)
+        generator = torch.Generator().manual_seed(stage_seed(seed, stage.name, "weights"))
+        model = DenseModel(base.model).initialise(generator).to(parse_dtype(self.config.dtype))
+        return Loaded(
+            model=model,
+            tokenizer=tokenizer,
+            renderer=renderer_for(tokenizer, base.renderer),
+        )
+
+    def _train(
+        self, folder: StageFolder, loaded: Loaded | None, problems: Sequence[Problem]
+    ) -> Loaded:
+        """Train one stage from where it stands and save its model."""
+        stage, config = folder.stage, self.config
+        if loaded is None:
+            assert isinstance(stage, PretrainStage), "a new base is pre-trained first"
+            loaded = self._new_base(stage)
+        if (folder.path / "config.json").exists():
+            run = Run.open(folder.path)
+        else:
+            run = Run.create(folder.path, stage, kind="stage")
+        started = time.perf_counter()
+        context = StageContext(
+            loaded=loaded,
+            problems=problems,
+            folder=folder.path,
+            seed=config.seed,
+            scorer=self.scorer,
+            progress=self.progress,
+        )
+        objective, steps = prepare(stage, context)
+        prepared = time.perf_counter() - started
+        if config.lora is not None:
+            lora = config.lora
+            attach_lora(
+                loaded.model, name=ADAPTER, targets=lora.targets, rank=lora.rank, alpha=lora.alpha
+            )
+        trackers = open_trackers(config.trackers, run_path=run.path, config=run.config)
+        totals = train(
+            loaded.model,
+            objective,
+            stage.loop,
+            steps=steps,
+            run=run,
+            progress=self.progress,
+            name=stage.name,
+            trackers=trackers,
+        )
+        for tracker in trackers:
+            tracker.close()
+        if config.lora is not None:
+            merge_lora(loaded.model, ADAPTER)
+        temporary = folder.path / "model.tmp"
+        with storage_errors(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder.model, ignore_errors=True)
+            save(temporary, loaded)
+            temporary.rename(folder.model)
+        result = {
+            "name": stage.name,
+            "fingerprint": folder.fingerprint,
+            "steps": steps,
+            "seconds": totals.seconds + prepared,
+            "tokens": totals.trained_tokens,
+            "generated_tokens": totals.generated_tokens,
+        }
+        write_atomic(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
+        return load(folder.model, dtype=parse_dtype(config.dtype))
+
+    def _evaluate(
+        self, loaded: Loaded, problems: Sequence[Problem], folder: Path
+    ) -> dict[str, EvalResult]:
+        """Score greedily and by sampling; kept in the folder under the evaluation's fingerprint."""
+        settings = self.config.evaluation
+        path = folder / f"evaluation-{fingerprint(settings)[:8]}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return {name: EvalResult.from_dict(value) for name, value in kept.items()}
+        with storage_errors(folder):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+        results = {}
+        for name, samples, temperature in (
+            ("greedy", 1, 0.0),
+            ("sampled", settings.samples, settings.temperature),
+        ):
+            self.progress.task(f"{folder.name}: {name} test", len(problems) * samples)
+            solver = plain(
+                Engine(loaded.model),
+                loaded.renderer,
+                SamplingConfig(
+                    temperature=temperature,
+                    num_samples=samples,
+                    max_new_tokens=settings.max_new_tokens,
+                    seed=settings.seed,
+                ),
+                on_progress=lambda _, finished: self.progress.advance(finished),
+            )
+            results[name] = evaluate(Task(name, problems, solver, self.scorer))
+        write_transcripts(folder / "samples" / "test.txt", transcripts(results["greedy"]))
+        self.progress.print(render_transcript(transcripts(results["greedy"])[0]))
+        write_atomic(path, json.dumps({name: r.to_dict() for name, r in results.items()}))
+        return results
+
+    def _summary(
+        self, name: str, folder: StageFolder | None, evaluations: list[dict[str, EvalResult]]
+    ) -> dict[str, Any]:
+        """One stage's line of results.json."""
+        greedy, sampled = evaluations[-1]["greedy"], evaluations[-1]["sampled"]
+        cost = (folder.result() if folder else None) or {}
+        paired = {}
+        if len(evaluations) > 1:
+            for kind in ("greedy", "sampled"):
+                difference = paired_difference(
+                    evaluations[-2][kind].scores(), evaluations[-1][kind].scores()
+                )
+                paired[kind] = difference._asdict()
+        metrics = Run.open(folder.path).metrics.read() if folder else []
+        return {
+            "name": name,
+            "seconds": cost.get("seconds", 0.0),
+            "tokens": cost.get("tokens", 0),
+            "generated_tokens": cost.get("generated_tokens", 0),
+            **greedy.summary(),
+            "pass_at_1_t06": sampled.accuracy.mean,
+            "pass_at_1_t06_stderr": sampled.accuracy.stderr,
+            "mean_tokens": sampled.mean_tokens,
+            "paired": paired.get("greedy"),
+            "paired_t06": paired.get("sampled"),
+            "transcripts": [t.to_dict() for t in transcripts(greedy, per_status=3)],
+            "metrics": metrics,
+        }
+
+    def _write_results(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        everything = {
+            "stages": results,
+            "meta": {
+                "pipeline": self.config.name,
+                "seed": self.config.seed,
+                "phikit": phikit.__version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+            },
+        }
+        write_atomic(self.out / "results.json", json.dumps(everything, indent=1))
+        write_report(everything, self.out / "report.html")
+        return everything
