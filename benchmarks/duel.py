@@ -1,0 +1,188 @@
+"""Sides that take turns: each in a process of its own, one at work at a time.
+
+The speed of a shared machine drifts by a factor of two within minutes, so only rounds that alternate
+may be compared. A process to itself also gives each side a peak memory of its own.
+"""
+
+import multiprocessing
+import os
+import platform
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from statistics import median
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rich.console import Console
+from rich.table import Table
+
+MIB = 1 << 20
+
+
+class Outcome(NamedTuple):
+    """What one round gave."""
+
+    rate: float
+    """Work per unit of time; more is better."""
+    facts: dict[str, float]
+    """What else is worth telling, such as the tokens that were sampled."""
+
+
+Play = Callable[[], Outcome]
+"""Does one round of work."""
+
+
+class Side(NamedTuple):
+    """One of those compared: `make(job)` is called in its own process and returns a `Play`."""
+
+    name: str
+    make: Callable[[Any], Play]
+    job: Any
+
+
+class Result(NamedTuple):
+    """All rounds of one side."""
+
+    name: str
+    rates: list[float]
+    facts: dict[str, float]
+    """Medians over the rounds."""
+    peak_bytes: int
+    idle_bytes: int
+    """What the process held before its first round: libraries and interpreter."""
+
+
+class Seat:
+    """A running side. Close it to end its process."""
+
+    def __init__(self, side: Side) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(side.make, side.job, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.name = side.name
+        self.outcomes: list[Outcome] = []
+        self.idle_bytes = self.peak_bytes = self._receive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def play(self) -> Outcome:
+        """One round; raises RuntimeError with the other process's traceback if it fails."""
+        self._pipe.send(True)
+        outcome, self.peak_bytes = self._receive()
+        self.outcomes.append(outcome)
+        return outcome
+
+    def result(self) -> Result:
+        """The rounds so far, the first left out: it warms caches and lazy imports up."""
+        rounds = self.outcomes[1:]
+        facts = {key: median(r.facts[key] for r in rounds) for key in rounds[0].facts}
+        rates = [r.rate for r in rounds]
+        return Result(self.name, rates, facts, self.peak_bytes, self.idle_bytes)
+
+    def _receive(self) -> Any:
+        kind, content = self._pipe.recv()
+        if kind == "error":
+            raise RuntimeError(f"{self.name} failed:\n{content}")
+        return content
+
+
+def _serve(make: Callable[[Any], Play], job: Any, pipe: Connection) -> None:
+    from phikit.base.device import peak_memory_bytes
+
+    try:
+        play = make(job)
+        pipe.send(("ready", peak_memory_bytes()))
+        while pipe.recv():
+            pipe.send(("done", (play(), peak_memory_bytes())))
+    except EOFError:
+        pass
+    except Exception:
+        pipe.send(("error", traceback.format_exc()))
+
+
+def take_turns(sides: Sequence[Side], *, rounds: int, console: Console) -> list[Result]:
+    """`rounds` rounds of every side in alternation, after one to warm up that does not count."""
+    seats: list[Seat] = []
+    try:
+        for side in sides:
+            seats.append(Seat(side))
+        for number in range(rounds + 1):
+            rates = "  ".join(f"{seat.name} {seat.play().rate:,.1f}" for seat in seats)
+            console.print(f"  {f'round {number}' if number else 'warm-up'}: {rates}")
+        return [seat.result() for seat in seats]
+    finally:
+        for seat in seats:
+            seat.__exit__(None, None, None)
+
+
+def fastest(sides: Sequence[Side], *, console: Console) -> Side:
+    """The side that is fastest in one round after a warm-up; those that fail drop out."""
+    rates: dict[Side, float] = {}
+    for side in sides:
+        try:
+            with Seat(side) as seat:
+                seat.play()
+                rates[side] = seat.play().rate
+            console.print(f"  trial: {side.name} {rates[side]:,.1f}")
+        except RuntimeError as error:
+            console.print(f"  trial: {side.name} does not run: {str(error).splitlines()[-1]}")
+    return max(rates, key=lambda side: rates[side])
+
+
+def comparison(ours: Result, theirs: Result) -> dict[str, Any]:
+    """The ratio of medians, the ratios of the single rounds, and both sides in full."""
+    ratios = [a / b for a, b in zip(ours.rates, theirs.rates, strict=True)]
+    return {
+        "ratio_of_medians": median(ours.rates) / median(theirs.rates),
+        "ratios_of_rounds": [min(ratios), max(ratios)],
+        "memory_ratio": ours.peak_bytes / theirs.peak_bytes,
+        "sides": [ours._asdict(), theirs._asdict()],
+    }
+
+
+def table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
+    """One line per side of every comparison."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("")
+    made.add_column("side")
+    for heading in ("median", "min – max", "ratio", "of the rounds", "peak MiB", "of it idle"):
+        made.add_column(heading, justify="right")
+    for name, row in rows.items():
+        low, high = row["ratios_of_rounds"]
+        ratios = [f"{row['ratio_of_medians']:.2f}x", f"{low:.2f} – {high:.2f}"]
+        for number, side in enumerate(row["sides"]):
+            rates = side["rates"]
+            made.add_row(
+                *("" if number else name, side["name"], f"{median(rates):,.1f}"),
+                f"{min(rates):,.1f} – {max(rates):,.1f}",
+                *(["", ""] if number else ratios),
+                *(f"{side[key] / MIB:,.0f}" for key in ("peak_bytes", "idle_bytes")),
+            )
+    return made
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What the figures were measured on, and how busy it was with other things."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

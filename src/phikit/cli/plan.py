@@ -1,0 +1,69 @@
+"""What `--dry-run` prints: every setting as `--set` takes it, and the budget."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from phikit.evals.table import count
+from phikit.recipes.budget import Amount, Budget, Memory, budget
+from phikit.recipes.config import PipelineConfig
+
+MARKS = {"exact": "", "estimate": "≈ ", "at most": "≤ "}
+
+
+def show_plan(config: PipelineConfig) -> None:
+    """Print the settings, one `a.b=value` a line, and what they will cost."""
+    for path, value in settings(config.model_dump(mode="json")):
+        typer.echo(f"{path}={json.dumps(value, ensure_ascii=False)}")
+    typer.echo()
+    _show_budget(budget(config), config.dtype)
+
+
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of plain data with their dotted paths; an item of a list goes by its name."""
+    items: dict[str, Any] = {}
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        items = {str(item.get("name", i)): item for i, item in enumerate(value)}
+    if not items:
+        yield path, value
+    for key, inner in items.items():
+        yield from settings(inner, f"{path}.{key}" if path else str(key))
+
+
+def _show_budget(costs: Budget, dtype: str) -> None:
+    console = Console()
+    total, trainable = costs.parameters
+    typer.echo(f"{total:,} parameters, {trainable:,} of them trained; {dtype}")
+    columns = ("Stage", "Steps", "Tokens trained", "Tokens generated", "Memory")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for stage in costs.stages:
+        amounts = (stage.steps, stage.trained_tokens, stage.generated_tokens)
+        table.add_row(stage.name, *map(_amount, amounts), f"≈ {_bytes(stage.memory.peak)}")
+    table.add_row("evaluation, each", "", "", _amount(costs.evaluation_tokens), "")
+    console.print(table)
+    largest = max((stage.memory for stage in costs.stages), key=lambda memory: memory.peak)
+    typer.echo(_memory(largest))
+
+
+def _amount(amount: Amount) -> str:
+    if amount.value is None:
+        return "unknown"
+    return f"{MARKS[amount.kind]}{count(amount.value)}"
+
+
+def _memory(memory: Memory) -> str:
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory._asdict().items() if size)
+    return f"memory at most: {parts}; besides, the libraries and the data"
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e6:.0f} MB"

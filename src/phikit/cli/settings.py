@@ -1,0 +1,99 @@
+"""From the shared options of `run` and `train` to one complete config."""
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phikit.base.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from phikit.recipes.config import PipelineConfig
+
+
+def recipe(name: str) -> "PipelineConfig":
+    """The config that the recipe called `name` returns.
+
+    Raises:
+        ConfigError: there is no such recipe; names the nearest.
+    """
+    from phikit.recipes import PIPELINES
+
+    if name not in PIPELINES:
+        near = get_close_matches(name, PIPELINES, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"there is no recipe {name!r}",
+            fix=f"did you mean {near}? `phikit recipes` lists all {len(PIPELINES)}",
+        )
+    return PIPELINES[name]()
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """The pipeline config in a `config.json`, or in the run folder that holds one, as plain data.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    fix = "pass the config.json of a run folder"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}", fix=fix) from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}", fix=fix) from error
+    if not isinstance(record, dict) or record.get("kind") != "pipeline" or "config" not in record:
+        raise ConfigError(f"{file} is not the config of a pipeline", fix=fix)
+    return record["config"]
+
+
+def resolve(
+    name: str | None,
+    assignments: Sequence[str],
+    *,
+    source: Path | None,
+    out: Path | None,
+    resume: bool,
+) -> tuple["PipelineConfig", Path]:
+    """The config to run, and its folder.
+
+    Without `source` and `resume` the recipe called `name` is the start; `source` is a saved config;
+    `resume` takes the one in the run folder. Assignments come last.
+
+    Raises:
+        ConfigError: lists every fault of the settings.
+        RunError: there is nothing to resume.
+    """
+    from phikit.recipes.config import PipelineConfig
+
+    if resume and source is not None:
+        raise ConfigError(
+            "--resume and --from each name a config to start from", fix="give one of them"
+        )
+    if source is not None:
+        config = PipelineConfig.resolve(saved(source), assignments)
+    elif name is None:
+        raise ConfigError("no recipe named", fix="name one: `phikit recipes` lists them")
+    else:
+        config = recipe(name)
+    folder = out or Path("runs") / config.name
+    if resume:
+        config = PipelineConfig.resolve(_resumed(folder), assignments)
+    elif source is None:
+        config = config.override(assignments)
+    if name is not None and config.name != name:
+        raise ConfigError(
+            f"{source or folder} is a config of {config.name}, not of {name}",
+            fix=f"run {config.name}, or choose another folder with --out",
+        )
+    return config, folder
+
+
+def _resumed(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise RunError(
+            f"nothing to resume: {folder} is not a run, it has no config.json",
+            fix="leave --resume out to start one, or name the folder with --out",
+        )
+    return saved(folder)
