@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 MIB = 1 << 20
+GRACE_S = 20
+"""Seconds that a side has for ending."""
 
 
 class Outcome(NamedTuple):
@@ -78,7 +80,13 @@ class Seat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.terminate()
+        self.close()
+
+    def close(self) -> None:
+        """Let the process end by itself; end it if it does not."""
+        self._pipe.close()
+        self._process.join(timeout=GRACE_S)
+        self._process.kill()
         self._process.join()
 
     def play(self) -> Outcome:
@@ -128,7 +136,7 @@ def take_turns(sides: Sequence[Side], *, rounds: int, console: Console) -> list[
         return [seat.result() for seat in seats]
     finally:
         for seat in seats:
-            seat.__exit__(None, None, None)
+            seat.close()
 
 
 def fastest(sides: Sequence[Side], *, console: Console) -> Side:
@@ -159,18 +167,18 @@ def comparison(ours: Result, theirs: Result) -> dict[str, Any]:
 def table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
     """One line per side of every comparison."""
     made = Table(title=title, title_justify="left")
-    made.add_column("")
-    made.add_column("side")
-    for heading in ("median", "min – max", "ratio", "of the rounds", "peak MiB", "of it idle"):
-        made.add_column(heading, justify="right")
+    for heading in ("", "side"):
+        made.add_column(heading, no_wrap=True)
+    for heading in ("median", "min", "max", "ratio", "in rounds", "peak MiB", "idle"):
+        made.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         low, high = row["ratios_of_rounds"]
-        ratios = [f"{row['ratio_of_medians']:.2f}x", f"{low:.2f} – {high:.2f}"]
+        ratios = [f"{row['ratio_of_medians']:.2f}x", f"{low:.2f}–{high:.2f}"]
         for number, side in enumerate(row["sides"]):
             rates = side["rates"]
             made.add_row(
                 *("" if number else name, side["name"], f"{median(rates):,.1f}"),
-                f"{min(rates):,.1f} – {max(rates):,.1f}",
+                *(f"{min(rates):,.1f}", f"{max(rates):,.1f}"),
                 *(["", ""] if number else ratios),
                 *(f"{side[key] / MIB:,.0f}" for key in ("peak_bytes", "idle_bytes")),
             )

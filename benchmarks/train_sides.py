@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def prepare(job: Job, model: str | None) -> None:
     from phikit.chat.tokenizer import train_tokenizer
     from phikit.data.procedural import generate
     from phikit.models.dense import DenseModel
-    from phikit.recipes import nano_reasoner
+    from phikit.recipes.nano_reasoner import model as nano_model
     from phikit.weights.load import Loaded, load
     from phikit.weights.save import save
 
@@ -78,7 +79,7 @@ def prepare(job: Job, model: str | None) -> None:
     lessons = generate(seed=0, count=max(1000, count), split="train")
     if model is None:
         texts = [f"{p.question}\n{p.thinking}\n{p.solution}" for p in lessons]
-        config = nano_reasoner.model()
+        config = nano_model()
         tokenizer = train_tokenizer(texts, size=config.vocab_size, specials=NANO_SPECIALS)
         fresh = DenseModel(config).initialise(torch.Generator().manual_seed(0))
         loaded = Loaded(fresh, tokenizer, renderer_for(tokenizer, "phi4-mini"))
@@ -204,6 +205,7 @@ def _trl_model(job: Job) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     torch.set_num_threads(job.threads)
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     words = job.peer.split()

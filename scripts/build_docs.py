@@ -14,6 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import typer.main
+from typer.core import TyperGroup
+
+from phikit.cli.app import app
+from phikit.cli.settings import leaves
 from phikit.evals.plots import chart
 from phikit.evals.stats import pooled
 from phikit.recipes import PIPELINES
@@ -25,7 +30,7 @@ IMAGES = ROOT / "docs" / "images"
 
 def main() -> None:
     """Renew every page that has generated parts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if one is due")
     check = parser.parse_args().check
     stale = []
@@ -115,6 +120,55 @@ def recipe_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def command_reference() -> str:
+    """Every command: its line, what it does, its options."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return "\n".join(command_section(name, command) for name, command in group.commands.items())
+
+
+def command_section(name: str, command: Any) -> str:
+    """One command of the table of verbs."""
+    options = [p for p in command.params if p.param_type_name == "option"]
+    arguments = [p for p in command.params if p not in options]
+    line = [name, *(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)]
+    lines = [f"## phikit {' '.join(line)}", "", command.help, ""]
+    if options:
+        lines += ["| option | what |", "|:--|:--|"]
+    for p in options:
+        words = p.opts[0] if p.is_flag else f"{p.opts[0]} {p.metavar}"
+        default = "" if p.default in (None, False) else f" Default: {p.default}."
+        lines.append(f"| `{words}` | {p.help}{default} |")
+    return "\n".join([*lines, ""]) if options else "\n".join(lines)
+
+
+def settings_tables() -> str:
+    """The settings of the three lines side by side, a table for each stage."""
+    names = ("nano_reasoner", "smol_reasoner", "phi4_mini_reasoning")
+    columns = [dict(leaves(PIPELINES[name]().model_dump(mode="json"))) for name in names]
+    tables: dict[str, list[str]] = {}
+    for path in dict.fromkeys(path for column in columns for path in column):
+        parts = path.split(".")
+        cut = 2 if parts[0] == "stages" else 1 if len(parts) > 1 else 0
+        if parts[-1] in ("kind", "name") and cut:
+            continue
+        cells = [cell(column[path]) if path in column else "–" for column in columns]
+        row = " | ".join([f"`{'.'.join(parts[cut:])}`", *cells])
+        tables.setdefault(".".join(parts[:cut]) or "pipeline", []).append(f"| {row} |")
+    lines = []
+    for title, rows in tables.items():
+        heads = " | ".join(names)
+        lines += [f"### {title}", "", f"| setting | {heads} |", "|:--|--:|--:|--:|", *rows, ""]
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A setting's value, long lists by their length."""
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} numbers"
+    return "null" if value is None else str(value).replace("|", "\\|")
+
+
 def draw() -> None:
     """The pictures of README, in both colour schemes, from the first seed."""
     if not (RESULTS / "nano_reasoner.json").exists():
@@ -129,6 +183,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
     "recipes": recipe_table,
+    "commands": command_reference,
+    "settings": settings_tables,
 }
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phikit.weights.load import load as load
 
-# OpenMP threads that spin at a barrier starve each other as soon as anything else wants a core: a
-# training step then took thirty times as long. Waiting passively costs nothing measurable. Must be
-# set before torch loads; a value the user has set stands.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP threads that spin at a barrier without end starve each other as soon as anything else
+# wants a core: a training step then took thirty times as long. Sleeping at once costs half the
+# speed of an idle machine. So they spin for about half a millisecond. Must be set before torch
+# loads; a choice the user has made stands.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 

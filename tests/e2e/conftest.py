@@ -12,8 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from phikit.chat.render import renderer_for
+from phikit.chat.tokenizer import Tokenizer
 from phikit.cli import main
+from phikit.models.dense import DenseConfig, DenseModel
+from phikit.weights.load import Loaded
+from phikit.weights.save import save
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "phikit.cli")
@@ -137,6 +143,29 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture
+def random_model(tmp_path: Path, nano_tokenizer: Tokenizer) -> Callable[[int], Path]:
+    """Writes a model folder of random weights with a context of so many tokens."""
+
+    def write(max_context: int) -> Path:
+        config = DenseConfig(
+            vocab_size=nano_tokenizer.size,
+            d_model=32,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=16,
+            d_mlp=32,
+            max_context=max_context,
+        )
+        network = DenseModel(config).initialise(torch.Generator().manual_seed(0))
+        loaded = Loaded(network, nano_tokenizer, renderer_for(nano_tokenizer, "phi4-mini"))
+        save(tmp_path / "model", loaded)
+        return tmp_path / "model"
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_diff_shows_settings_and_paired_differences(phikit: Phikit, finished: Pa
     shown = phikit("diff", finished, other)
     assert shown.returncode == 0, shown.stderr
     [line] = [line for line in shown.stdout.splitlines() if "loop.epochs" in line]
-    assert line.split() == ["config.stages.2.loop.epochs", "4.0", "7"]
+    assert line.split() == ["stages.sft.loop.epochs", "4.0", "7"]
     assert "+0.0 [+0.0, +0.0] within noise" in shown.stdout
 
 

@@ -6,15 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-from phikit.chat.render import renderer_for
-from phikit.chat.tokenizer import Tokenizer
-from phikit.models.dense import DenseConfig, DenseModel
-from phikit.weights.load import Loaded
-from phikit.weights.save import save
 
 Complaint = Callable[..., str]
+RandomModel = Callable[[int], Path]
 
 
 @pytest.fixture
@@ -95,37 +89,20 @@ def test_there_must_be_a_run_to_resume(complaint: Complaint, tmp_path: Path):
     assert f"nothing to resume: {tmp_path} is not a run" in said
 
 
-@pytest.fixture
-def model(tmp_path: Path, nano_tokenizer: Tokenizer) -> Path:
-    """A model folder with a context of 160 tokens."""
-    config = DenseConfig(
-        vocab_size=nano_tokenizer.size,
-        d_model=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        d_mlp=32,
-        max_context=160,
-    )
-    renderer = renderer_for(nano_tokenizer, "phi4-mini")
-    network = DenseModel(config).initialise(torch.Generator().manual_seed(0))
-    save(tmp_path / "model", Loaded(network, nano_tokenizer, renderer))
-    return tmp_path / "model"
-
-
-def test_a_question_longer_than_the_context_gives_both_numbers(complaint: Complaint, model: Path):
-    said = complaint("chat", model, given=f"{'What is 3 + 4? ' * 40}\nWhat is 1 + 1?\n")
+def test_a_question_longer_than_the_context_gives_both_numbers(
+    complaint: Complaint, random_model: RandomModel
+):
+    said = complaint("chat", random_model(160), given=f"{'What is 3 + 4? ' * 40}\nWhat is 1 + 1?\n")
     assert "and the model's context is 160" in said and "prompt tokens" in said
     assert "shorter" in said
 
 
 def test_problems_that_all_exceed_the_context_are_no_evaluation(
-    complaint: Complaint, model: Path, tmp_path: Path
+    complaint: Complaint, random_model: RandomModel, tmp_path: Path
 ):
     row = {"question": "What is 3 + 4? " * 40, "answer": 7}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))
-    said = complaint("eval", model, "--data", tmp_path / "long.jsonl")
+    said = complaint("eval", random_model(160), "--data", tmp_path / "long.jsonl")
     assert "no problem could be asked" in said and "context is 160" in said
 
 

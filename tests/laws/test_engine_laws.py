@@ -164,8 +164,8 @@ def test_progress_counts_every_token_and_completion(model):
 def test_compaction_threshold_changes_nothing(model, monkeypatch: pytest.MonkeyPatch):
     requests = [sampled(prompt, seed) for seed, prompt in enumerate(prompts(5, longest=9))]
     results = []
-    for fraction in (0.0, 0.75, 1.0):
-        monkeypatch.setattr(engine_module, "LIVE_FRACTION", fraction)
+    for share in (0.0, 0.7, 1.0):
+        monkeypatch.setattr(engine_module, "SHRINK", share)
         results.append(Engine(model).generate(requests))
     for never, usual, always in zip(*results, strict=True):
         assert_same(never, usual)

@@ -19,6 +19,7 @@ from phikit.train.grpo import (
     PromptSelection,
     Rated,
     advantages,
+    are_even,
     select_prompts,
 )
 from phikit.train.sft import SFTConfig, SFTObjective
@@ -82,6 +83,15 @@ def test_groups_that_are_solved_too_often_are_left_out(rewards: list[float]):
     config = grpo_config(max_group_accuracy=0.5)
     if rewards.count(1.0) > 0.5 * len(rewards):
         assert not any(advantages(rewards, config, np.random.default_rng(0)))
+
+
+def test_groups_of_unlike_lengths_are_left_out():
+    """Deviation over mean: 1/11 for lengths 10 and 12, more than 0.9 for 1 and 30."""
+    assert are_even([reply(10), reply(12)], 0.1)
+    assert not are_even([reply(10), reply(12)], 0.05)
+    assert not are_even([reply(1), reply(30)], 0.9)
+    assert are_even([reply(1), reply(30)], None)
+    assert are_even([reply(0), reply(0)], 0.5)
 
 
 @given(steps=st.integers(1, 200), data=st.data())

@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phikit.base.errors import PhikitError
+from phikit.cli.locate import RUN_HELP, locate
 
 if TYPE_CHECKING:
     from phikit.cli.conversation import Conversation
-
-RUN_HELP = 'A run folder, a stage folder, a model folder, a .gguf file, or "smollm2".'
 
 
 def chat(
     run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP)],
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+        float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")
     ] = 0.6,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 512,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the replies.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest reply, in tokens.")
+    ] = 512,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Draws the replies.")] = 0,
 ) -> None:
     """Talk to a model. From a pipe, every line is a question by itself."""
     from phikit.cli.conversation import Conversation, Settings
-    from phikit.cli.locate import locate
     from phikit.weights.load import load
 
     place = locate(run)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import category
 
 from rich.console import Console
 
@@ -40,7 +41,9 @@ class Settings:
 class Conversation:
     """Takes lines: commands that begin with a slash, and questions."""
 
-    def __init__(self, loaded: Loaded, settings: Settings, *, console: Console | None = None):
+    def __init__(
+        self, loaded: Loaded, settings: Settings, *, console: Console | None = None
+    ) -> None:
         self.loaded, self.settings = loaded, settings
         self.console = console or Console(highlight=False)
         self.engine = Engine(loaded.model)
@@ -243,8 +246,14 @@ class ReplyView:
 
     def _print(self, text: str, *, dim: bool = False) -> None:
         if text:
-            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-            self._console.out(shown, end="", style="dim" if dim else None, highlight=False)
+            self._console.out(
+                _disarmed(text), end="", style="dim" if dim else None, highlight=False
+            )
+
+
+def _disarmed(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c in "\n\t" or category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _certain(text: str) -> str:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.base.errors import ConfigError, DataError, MissingExtraError
-from phikit.cli.chat import RUN_HELP
+from phikit.cli.locate import RUN_HELP, Place, locate
 from phikit.cli.stop import stoppable
 
 if TYPE_CHECKING:
-    from phikit.cli.locate import Place
     from phikit.data.problem import Problem
     from phikit.evals.scorer import Scorer
     from phikit.evals.task import EvalResult
@@ -34,14 +33,16 @@ TaskName = Annotated[
         help="Problems of ours: procedural (held-out ones) or transfer (kinds never trained on).",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Replies per problem.")]
+Samples = Annotated[int, typer.Option(min=1, metavar="N", help="Replies per problem.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="If not given: 0 for one reply, 0.6 for several.")
+    float | None,
+    typer.Option(min=0.0, metavar="T", help="If not given: 0 for one reply, 0.6 for several."),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest reply; as in the run's own evaluation.")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Longest reply; as in the run's own evaluation."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take only so many problems.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Take only so many problems.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[
     Path | None,
@@ -90,15 +91,14 @@ def _problems(data: Path | None, task: str | None, limit: int | None) -> "list[P
     raise ConfigError("give one set of problems", fix="either --data FILE.jsonl or --task NAME")
 
 
-def _load(run: str) -> "tuple[Place, Loaded]":
-    from phikit.cli.locate import locate
+def _load(run: str) -> tuple[Place, "Loaded"]:
     from phikit.weights.load import load
 
     place = locate(run)
     return place, load(place.model)
 
 
-def _reply_tokens(place: "Place", loaded: "Loaded") -> int:
+def _reply_tokens(place: Place, loaded: "Loaded") -> int:
     """The reply length the run was evaluated with; half the context for other models."""
     if place.config is not None:
         return place.config["evaluation"]["max_new_tokens"]

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from phikit.base.errors import RunError
 
+RUN_HELP = 'A run folder, a stage folder, a model folder, a .gguf file, or "smollm2".'
+
 
 class Place(NamedTuple):
     """What was found.

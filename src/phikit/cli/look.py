@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.base.errors import RunError
+from phikit.cli.locate import finished_stages, locate_pipeline, stage_name
+from phikit.cli.settings import leaves
 
 if TYPE_CHECKING:
     from phikit.evals.task import EvalResult
@@ -18,16 +20,14 @@ def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_FOLDER)],
 ) -> None:
     """Write report.html anew from what the folder holds, and print the table of stages."""
-    from rich.console import Console
-
-    from phikit.cli.locate import locate_pipeline
+    from phikit.cli.screen import screen
     from phikit.evals.report import write_report
     from phikit.evals.table import stage_table
 
     path, _ = locate_pipeline(run)
     results = _results(path)
     write_report(results, path / "report.html")
-    Console().print(stage_table(results))
+    screen().print(stage_table(results))
     typer.echo(f"\nreport: {path / 'report.html'}")
 
 
@@ -36,16 +36,15 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
 ) -> None:
     """Compare two runs: their settings, and the accuracy of stages on the same problems."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from phikit.base.config import differences
-    from phikit.cli.locate import locate_pipeline
+    from phikit.cli.screen import screen
 
     (path_a, record_a), (path_b, record_b) = locate_pipeline(a), locate_pipeline(b)
-    console = Console()
-    changes = differences(record_a, record_b)
+    console = screen()
+    changes = differences(dict(leaves(record_a["config"])), dict(leaves(record_b["config"])))
     settings = Table("Setting", "A", "B", box=None, pad_edge=False, header_style="bold")
     for change in changes:
         settings.add_row(*map(Text, (change.path, _short(change.a), _short(change.b))))
@@ -59,16 +58,16 @@ def diff(
 
 def recipes() -> None:
     """List the recipes."""
-    from rich.console import Console
     from rich.table import Table
 
+    from phikit.cli.screen import screen
     from phikit.recipes import PIPELINES
 
     table = Table("Recipe", "What", "Stages", box=None, pad_edge=False, header_style="bold")
     for name, recipe in PIPELINES.items():
         what = (recipe.__doc__ or "").strip().partition("\n")[0]
         table.add_row(name, what, " ".join(stage.name for stage in recipe().stages))
-    Console().print(table)
+    screen().print(table)
 
 
 def _results(path: Path) -> dict[str, Any]:
@@ -87,7 +86,6 @@ def _results(path: Path) -> dict[str, Any]:
 def _evaluations(path: Path, record: dict[str, Any]) -> "dict[str, EvalResult]":
     """The greedy evaluation of the base and of each finished stage, by name."""
     from phikit.base.config import fingerprint
-    from phikit.cli.locate import finished_stages, stage_name
     from phikit.evals.task import EvalResult
 
     file = f"evaluation-{fingerprint(record['config']['evaluation'])[:8]}.json"

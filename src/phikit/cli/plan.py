@@ -1,13 +1,12 @@
 """What `--dry-run` prints: every setting as `--set` takes it, and the budget."""
 
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from phikit.cli.screen import screen
+from phikit.cli.settings import leaves
 from phikit.evals.table import count
 from phikit.recipes.budget import Amount, Budget, Memory, budget
 from phikit.recipes.config import PipelineConfig
@@ -17,27 +16,14 @@ MARKS = {"exact": "", "estimate": "≈ ", "at most": "≤ "}
 
 def show_plan(config: PipelineConfig) -> None:
     """Print the settings, one `a.b=value` a line, and what they will cost."""
-    for path, value in settings(config.model_dump(mode="json")):
+    for path, value in leaves(config.model_dump(mode="json")):
         typer.echo(f"{path}={json.dumps(value, ensure_ascii=False)}")
     typer.echo()
     _show_budget(budget(config), config.dtype)
 
 
-def settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of plain data with their dotted paths; an item of a list goes by its name."""
-    items: dict[str, Any] = {}
-    if isinstance(value, dict):
-        items = value
-    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        items = {str(item.get("name", i)): item for i, item in enumerate(value)}
-    if not items:
-        yield path, value
-    for key, inner in items.items():
-        yield from settings(inner, f"{path}.{key}" if path else str(key))
-
-
 def _show_budget(costs: Budget, dtype: str) -> None:
-    console = Console()
+    console = screen()
     total, trainable = costs.parameters
     typer.echo(f"{total:,} parameters, {trainable:,} of them trained; {dtype}")
     columns = ("Stage", "Steps", "Tokens trained", "Tokens generated", "Memory")

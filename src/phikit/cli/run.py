@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phikit.base.errors import ConfigError, RunError
-from phikit.cli.settings import resolve, saved
+from phikit.cli.settings import leaves, resolve, saved
 from phikit.cli.stop import command, stoppable
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ def train(
 
 
 def _run(config: "PipelineConfig", folder: Path, *, until: str | None) -> None:
-    from rich.console import Console
-
     from phikit.base.progress import Progress
+    from phikit.cli.screen import screen
     from phikit.evals.table import stage_table
     from phikit.recipes.pipeline import Pipeline
 
-    console = Console()
+    console = screen()
     _tell_changes(config, folder)
+    typer.echo(f"{config.name}: {len(config.stages)} stages, into {folder}")
     with Progress(console=console) as progress:
         results = Pipeline(config, folder, progress=progress).run(until=until)
     console.print()
@@ -114,11 +114,12 @@ def _tell_changes(config: "PipelineConfig", folder: Path) -> None:
     if not (folder / "config.json").is_file():
         return
     try:
-        changes = differences(saved(folder), config.model_dump(mode="json"))
+        before = dict(leaves(saved(folder)))
     except ConfigError as error:
         raise RunError(
             f"{folder} holds something else: {error.what}", fix="choose another folder with --out"
         ) from error
+    changes = differences(before, dict(leaves(config.model_dump(mode="json"))))
     if not changes:
         return
     typer.echo(f"{folder} was run with other settings; what they touch is done anew:", err=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from phikit.cli.screen import screen
 from phikit.evals.scorer import STATUSES
 from phikit.evals.stats import Estimate, avg_at, maj_at_n, pass_at
 from phikit.evals.table import accuracy
@@ -51,7 +51,7 @@ def show_scores(numbers: Mapping[str, Any]) -> None:
     for steps, cell in numbers["by_steps"].items():
         share = accuracy(cell["accuracy"], cell["stderr"])
         table.add_row(f"{steps} steps", share, f"of {cell['n']}")
-    Console().print(table)
+    screen().print(table)
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""From the shared options of `run` and `train` to one complete config."""
+"""From the shared options of `run` and `train` to one complete config, and back to its settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,3 +97,16 @@ def _resumed(folder: Path) -> dict[str, Any]:
             fix="leave --resume out to start one, or name the folder with --out",
         )
     return saved(folder)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of plain data with their dotted paths; an item of a list goes by its name."""
+    items: dict[str, Any] = {}
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        items = {str(item.get("name", i)): item for i, item in enumerate(value)}
+    if not items:
+        yield path, value
+    for key, inner in items.items():
+        yield from leaves(inner, f"{path}.{key}" if path else str(key))

@@ -56,13 +56,19 @@ def pack(examples: Sequence[Example], *, length: int) -> list[list[Example]]:
     return rows
 
 
+WIDTH_STEP = 32
+"""Batches without a fixed length are padded to a multiple of this: on CPU every new shape of a
+matrix product first compiles a kernel, so few widths are faster than short ones."""
+
+
 def batch_rows(rows: Sequence[Sequence[Example]], *, length: int | None = None) -> Batch:
-    """One batch from rows of examples, padded to `length` (by default the longest row).
+    """One batch from rows of examples, padded to `length` (by default just above the longest row).
 
     Rows of one example each need no document numbers: padding stands behind the text, where causal
     attention does not look, so `documents_BT` is None.
     """
-    width = length or max(sum(map(len, row)) for row in rows)
+    longest = max(sum(map(len, row)) for row in rows)
+    width = length or longest + -longest % WIDTH_STEP
     shape = (len(rows), width)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     targets, documents = np.full(shape, IGNORE, np.int64), np.full(shape, -1, np.int64)

@@ -17,8 +17,10 @@ from phikit.generate.request import Completion, OnProgress, Request
 from phikit.generate.sample import Sampling, sample, stream_ids
 from phikit.models.dense import DenseModel
 
-LIVE_FRACTION = 0.75
-"""A grid is compacted when the share of unfinished cells falls below this."""
+SHRINK = 0.7
+"""A grid is compacted when that leaves at most this share of its rows."""
+PROMPT_STEP = 16
+"""Prompts are padded to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Engine:
             grid.step()
             if on_progress is not None:
                 on_progress(before, before - grid.live)
-            if 0 < grid.live < LIVE_FRACTION * grid.rows:
+            if 0 < grid.live < SHRINK * grid.rows:
                 grid.compact()
         return grid.completions()
 
@@ -171,15 +173,20 @@ class _Grid:
         device = self.model.lm_head.weight.device
         lengths = torch.tensor([len(g.request.prompt) for g in self.groups], device=device)
         longest = int(lengths.max())
-        tokens = torch.zeros(len(self.groups), longest, dtype=torch.long, device=device)
+        width = longest + -longest % PROMPT_STEP
+        # Padding repeats the last position: LongRoPE chooses its factors by the largest one.
+        positions = torch.arange(width, device=device).clamp_(max=longest - 1)[None]
+        tokens = torch.zeros(len(self.groups), width, dtype=torch.long, device=device)
         for row, group in zip(tokens, self.groups, strict=True):
             row[: len(group.request.prompt)] = torch.as_tensor(group.request.prompt)
         parts: list[list[tuple[Tensor, Tensor]]] = []
         last: list[Tensor] = []
-        chunk = max(1, prefill_tokens // longest)
+        chunk = max(1, prefill_tokens // width)
         for start in range(0, len(tokens), chunk):
             part = GroupCache(self.model.config)
-            hidden = self.model.hidden(tokens[start : start + chunk], attend=Prefill(part))
+            hidden = self.model.hidden(
+                tokens[start : start + chunk], positions_BT=positions, attend=Prefill(part)
+            )
             ends = lengths[start : start + chunk] - 1
             last.append(hidden[torch.arange(len(hidden), device=device), ends])
             parts.append(part.prefix)
@@ -212,16 +219,21 @@ class _Grid:
         return ids
 
     def compact(self) -> None:
-        """Drop prompts without a live sample, and shrink the group to the largest live count."""
+        """Drop finished prompts and columns if that shrinks the grid enough.
+
+        Sizes are rounded up to few values: on CPU every new number of rows compiles new kernels,
+        which costs more than a few rows carried along.
+        """
         live_PG = (~self.finished).view(-1, self.group)
         counts = live_PG.sum(1)
-        width = int(counts.max())
-        order = torch.argsort(live_PG.int(), dim=1, descending=True, stable=True)[:, :width]
-        first = torch.arange(len(live_PG), device=order.device)[:, None] * self.group
-        grid = (first + order)[counts > 0]
-        rows = grid.flatten()
-        if len(rows) == self.rows:
+        width = min(self.group, _round_size(int(counts.max())))
+        prompts = min(len(counts), _round_size(int((counts > 0).sum())))
+        if prompts * width > SHRINK * self.rows:
             return
+        kept = torch.argsort(counts > 0, descending=True, stable=True)[:prompts].sort().values
+        columns = torch.argsort(live_PG[kept].int(), dim=1, descending=True, stable=True)[:, :width]
+        grid = kept[:, None] * self.group + columns
+        rows = grid.flatten()
         self.cache.keep(grid)
         self.group = width
         self.sampling = self.sampling.rows(rows)
@@ -239,3 +251,9 @@ class _Grid:
             for i, n in enumerate(counts)
         ]
         return [made[i : i + count] for i in range(0, len(made), count)]
+
+
+def _round_size(n: int) -> int:
+    """`n` rounded up to one of four values between one power of two and the next."""
+    step = 1 << max(0, n.bit_length() - 3)
+    return n + -n % step

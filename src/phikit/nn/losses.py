@@ -9,10 +9,14 @@ is its negative, DPO sums it over replies, policy gradients weigh it.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once (float32: 16 MiB)."""
+ROWS_STEP = 256
+"""Rows are padded to a multiple of this. On CPU a matrix product of a shape not met before compiles
+a kernel for 10 ms, and the number of supervised tokens is a new one in every batch."""
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -74,16 +78,36 @@ def token_log_probs(
 
     Gradients flow to `x_ND` and `weight_VD`.
     """
-    return _TokenLogProbs.apply(x_ND, weight_VD, targets_N, temperature, False)[0]  # pyright: ignore
+    return _padded(x_ND, weight_VD, targets_N, temperature, wants_entropy=False)[0]
 
 
 def token_log_probs_and_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs`, and the entropy of each distribution in nats, float32 [N], no gradient."""
-    return _TokenLogProbs.apply(x_ND, weight_VD, targets_N, temperature, True)  # pyright: ignore
+    return _padded(x_ND, weight_VD, targets_N, temperature, wants_entropy=True)
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [N], not summed."""
     return -token_log_probs(x_ND, weight_VD, targets_N)
+
+
+def _padded(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    *,
+    wants_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    count = len(x_ND)
+    padding = -count % ROWS_STEP if x_ND.device.type == "cpu" else 0
+    log_probs_N, entropy_N = _TokenLogProbs.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        F.pad(x_ND, (0, 0, 0, padding)),
+        weight_VD,
+        F.pad(targets_N, (0, padding)),
+        temperature,
+        wants_entropy,
+    )
+    return log_probs_N[:count], entropy_N[:count]

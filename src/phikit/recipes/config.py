@@ -117,7 +117,9 @@ class EvaluationConfig(Config):
     max_new_tokens: int
     samples: int = 4
     temperature: float = 0.6
-    seed: int = 7
+    split: Literal["validation", "test"] = "test"
+    """Settings are chosen on the validation problems; the test problems are for the last word."""
+    seed: int = 2026
     """Draws the problems; the same for all stages and all seeds of the pipeline."""
 
 

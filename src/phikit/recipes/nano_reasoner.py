@@ -17,7 +17,7 @@ from phikit.recipes.config import (
     SFTStage,
 )
 from phikit.train.dpo import DPOConfig
-from phikit.train.grpo import GRPOConfig, PromptSelection
+from phikit.train.grpo import GRPOConfig
 from phikit.train.lm import LMConfig
 from phikit.train.loop import LoopConfig
 from phikit.train.optim import OptimConfig
@@ -76,7 +76,7 @@ def mid() -> MidStage:
     """Distilled chain of thought, packed, loss on all tokens."""
     return MidStage(
         name="mid",
-        source=problems(36_000),
+        source=problems(24_000),
         lm=LMConfig(row_tokens=256, rows_per_step=8, micro_rows=8),
         loop=LoopConfig(
             epochs=1,
@@ -108,10 +108,14 @@ def dpo() -> DPOStage:
 
 
 def rl() -> RLStage:
-    """Policy gradients on fresh problems, reward by the verifier."""
+    """Policy gradients on fresh problems, reward by the verifier.
+
+    Problems chosen beforehand and seen several times are learnt by heart: reward on them rose from
+    0.60 to 0.83 and the held-out accuracy stood still.
+    """
     return RLStage(
         name="rl",
-        source=problems(4_000),
+        source=problems(6_000),
         grpo=GRPOConfig(
             prompts_per_step=64,
             group_size=8,
@@ -119,10 +123,12 @@ def rl() -> RLStage:
             micro_rows=64,
             final_temperature=0.8,
             negative_weight=0.25,
-            selection=PromptSelection(candidates=2000, min_accuracy=0.1, max_accuracy=0.9),
+            max_length_cv=0.5,
         ),
         loop=LoopConfig(
-            steps=60, checkpoint_every=5, optim=OptimConfig(adam_lr=3e-4, muon_lr=1.5e-3)
+            steps=80,
+            checkpoint_every=5,
+            optim=OptimConfig(adam_lr=3e-4, muon_lr=1.5e-3, decay=0.5),
         ),
     )
 

@@ -52,6 +52,8 @@ from phikit.weights.load import Loaded, load
 from phikit.weights.save import save
 
 ADAPTER = "stage"
+HELD_OUT = "held out"
+"""Key of the evaluation's problems beside those of the stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Pipeline:
         evaluations: list[dict[str, EvalResult]] = []
         loaded = None if isinstance(self.config.base, NewBase) else self._load_base()
         if loaded is not None:
-            evaluations.append(self._evaluate(loaded, problems["test"], self.out / "base"))
+            evaluations.append(self._evaluate(loaded, problems[HELD_OUT], self.out / "base"))
             results.append(self._summary("base", None, evaluations))
         for folder in self.folders:
             if folder.result() is None:
@@ -124,7 +126,7 @@ class Pipeline:
             else:
                 self.progress.print(f"{folder.stage.name}: done before, kept in {folder.path}")
                 loaded = load(folder.model, dtype=parse_dtype(self.config.dtype))
-            evaluations.append(self._evaluate(loaded, problems["test"], folder.path))
+            evaluations.append(self._evaluate(loaded, problems[HELD_OUT], folder.path))
             results.append(self._summary(folder.stage.name, folder, evaluations))
             self._write_results(results)
             if folder.stage.name == until:
@@ -147,7 +149,7 @@ class Pipeline:
         write_atomic(record, json.dumps(content, indent=2) + "\n")
 
     def _problems(self) -> dict[str, list[Problem]]:
-        """The problems of every stage and of the test, with no problem on two sides."""
+        """The problems of every stage and of the evaluation, none of them on two sides."""
         config = self.config
         sets: dict[str, list[Problem]] = {}
         sides: dict[str, list[Problem]] = {"train": [], "rl": []}
@@ -160,8 +162,10 @@ class Pipeline:
             sets[stage.name] = load_problems(stage.source, split=side, seed=seed)
             sides[side] += sets[stage.name]
         evaluation = config.evaluation
-        sets["test"] = load_problems(evaluation.source, split="test", seed=evaluation.seed)
-        assert_disjoint(**sides, test=sets["test"])
+        sets[HELD_OUT] = load_problems(
+            evaluation.source, split=evaluation.split, seed=evaluation.seed
+        )
+        assert_disjoint(**sides, held_out=sets[HELD_OUT])
         return sets
 
     def _load_base(self) -> Loaded:

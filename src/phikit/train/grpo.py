@@ -69,6 +69,9 @@ class GRPOConfig(Config):
     """Factor on negative advantages."""
     max_group_accuracy: float | None = None
     """Groups with a larger share of correct replies are dropped; 0.5 in the paper."""
+    max_length_cv: float | None = None
+    """Groups whose reply lengths spread more (standard deviation / mean) are dropped as they come:
+    prompt selection for problems that are made fresh and seen once."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     selection: PromptSelection | None = None
@@ -114,11 +117,9 @@ def select_prompts(groups: Sequence[Rated], selection: PromptSelection) -> list[
     """
     kept = []
     for group in groups:
-        lengths = [len(reply.tokens) for reply in group.replies]
         accuracy = sum(reward > 0 for reward in group.rewards) / len(group.rewards)
-        spread = statistics.pstdev(lengths) / max(1.0, statistics.fmean(lengths))
-        uniform = selection.max_length_cv is None or spread <= selection.max_length_cv
-        if uniform and selection.min_accuracy <= accuracy <= selection.max_accuracy:
+        is_even = are_even(group.replies, selection.max_length_cv)
+        if is_even and selection.min_accuracy <= accuracy <= selection.max_accuracy:
             kept.append(group.problem)
     if not kept:
         raise DataError(
@@ -128,16 +129,23 @@ def select_prompts(groups: Sequence[Rated], selection: PromptSelection) -> list[
     return kept
 
 
+def are_even(replies: Sequence[Reply], max_length_cv: float | None) -> bool:
+    """Whether the reply lengths spread little enough; None accepts any spread."""
+    if max_length_cv is None:
+        return True
+    lengths = [len(reply.tokens) for reply in replies]
+    return statistics.pstdev(lengths) <= max_length_cv * statistics.fmean(lengths)
+
+
 def advantages(
     rewards: Sequence[float], config: GRPOConfig, random: np.random.Generator
 ) -> list[float]:
     """One advantage per reply of a group; 0 leaves the reply out of the update."""
     values = np.array(rewards, np.float64)
     positive = values > 0
-    accuracy = positive.mean()
-    solved = config.max_group_accuracy is not None and accuracy > config.max_group_accuracy
+    solved = config.max_group_accuracy is not None and positive.mean() > config.max_group_accuracy
     if solved or values.std() == 0:
-        return [0.0] * len(rewards)
+        return [0.0] * len(values)
     if config.advantage == "balanced":
         share = min(positive.sum(), (~positive).sum())
         chosen = np.zeros(len(values))
@@ -187,6 +195,8 @@ class GRPOObjective:
         groups = rate(problems, plain(self.engine, self.renderer, sampling)(problems), self.reward)
         rows = []
         for index, group in zip(indices, groups, strict=True):
+            if not are_even(group.replies, config.max_length_cv):
+                continue
             random = np.random.default_rng([self.seed, step, index])
             weights = advantages(group.rewards, config, random)
             rows += [

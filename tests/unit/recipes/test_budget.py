@@ -13,8 +13,16 @@ from phikit.recipes.config import PipelineConfig
 from phikit.train.lm import LMConfig, LMObjective
 from phikit.train.optim import OptimConfig, Optimiser
 
-SHAPE = {"vocab_size": 512, "d_model": 96, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2}
-MODEL = DenseConfig(**SHAPE, head_dim=16, d_mlp=256, max_context=256)
+MODEL = DenseConfig(
+    vocab_size=512,
+    d_model=96,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    d_mlp=256,
+    max_context=256,
+)
 
 
 def nano(*assignments: str) -> PipelineConfig:
