@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,13 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number in _NO_SPACE or "StorageFull" in str(error):
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        if number in _NO_SPACE:
             raise StorageError(
                 f"the disk is full: cannot write {path}",
                 fix="free some space, or choose another folder, then resume the run",
             ) from error
-        if number in _NO_ACCESS or "PermissionDenied" in str(error):
+        if number in _NO_ACCESS:
             raise StorageError(
                 f"not allowed to write {path}", fix="choose a folder you may write to"
             ) from error
@@ -40,6 +41,12 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path}: {error.strerror}", fix="choose another folder"
             ) from error
         raise
+
+
+def _number_in(message: str) -> int | None:
+    """The errno in a message of safetensors, which words it by version in two ways."""
+    found = re.search(r"(?:code: |os error )(\d+)", message)
+    return int(found[1]) if found else None
 
 
 def _is_no_place(error: OSError, path: Path) -> bool:

@@ -102,7 +102,7 @@ def dpo() -> DPOStage:
         name="dpo",
         source=problems(800),
         max_new_tokens=128,
-        dpo=DPOConfig(pairs_per_step=64, micro_pairs=16),
+        dpo=DPOConfig(nll_weight=1.0, pairs_per_step=64, micro_pairs=16),
         loop=LoopConfig(epochs=1, optim=OptimConfig(adam_lr=4e-5)),
     )
 

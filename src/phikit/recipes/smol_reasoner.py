@@ -37,7 +37,7 @@ def model() -> DenseConfig:
 
 
 def smol_reasoner() -> PipelineConfig:
-    """Mid-training, SFT, rollout DPO and RL of SmolLM2-135M on two CPU cores; see docs/smol.md."""
+    """Mid-training, SFT, rollout DPO and RL of SmolLM2-135M on two CPU cores; not yet measured."""
     return PipelineConfig(
         name="smol_reasoner",
         base=PretrainedBase(path="smollm2", model=model()),

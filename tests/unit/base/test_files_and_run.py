@@ -39,9 +39,17 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_storage_errors_reads_safetensors_messages(tmp_path: Path):
-    with pytest.raises(StorageError), storage_errors(tmp_path):
-        raise SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "..." })')
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ('IoError(Os { code: 28, kind: StorageFull, message: "..." })', "disk is full"),
+        ("Error while serializing: I/O error: No space left (os error 28)", "disk is full"),
+        ("Error while serializing: I/O error: Permission denied (os error 13)", "not allowed"),
+    ],
+)
+def test_storage_errors_reads_safetensors_messages(tmp_path: Path, message: str, words: str):
+    with pytest.raises(StorageError, match=words), storage_errors(tmp_path):
+        raise SafetensorError(message)
     with pytest.raises(SafetensorError), storage_errors(tmp_path):
         raise SafetensorError("InvalidHeader")
     with pytest.raises(FileNotFoundError), storage_errors(tmp_path):
