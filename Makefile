@@ -30,7 +30,8 @@ check: setup-dev ## Linter, formatter, type checker, and the tests of the code's
 
 bench: ## Set up, then compare with peers side by side
 	@$(PYTHON) scripts/setup_env.py dev bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.sampler
 
 docs: setup ## Write the generated pages of docs/
 	$(BIN)/python scripts/build_docs.py

@@ -1,7 +1,7 @@
 """Sides that take turns: each in a process of its own, one at work at a time.
 
-The speed of a shared machine drifts by a factor of two within minutes, so only rounds that alternate
-may be compared. A process to itself also gives each side a peak memory of its own.
+The speed of a shared machine drifts by a factor of two within minutes, so only rounds that
+alternate may be compared. A process to itself also gives each side a peak memory of its own.
 """
 
 import multiprocessing

@@ -1,6 +1,6 @@
 """The sampler's inverse CDF against `torch.multinomial`, on this CPU.
 
-    python -m benchmarks.sampler [--threads 2]
+python -m benchmarks.sampler [--threads 2]
 """
 
 import argparse
@@ -27,7 +27,14 @@ def main() -> None:
 
     torch.set_num_threads(threads)
     shown = Table(title="drawing one token per row, ms")
-    for heading in ("rows x vocabulary", "softmax", "multinomial", "inverse CDF", "ratio", "sample()"):
+    for heading in (
+        "rows x vocabulary",
+        "softmax",
+        "multinomial",
+        "inverse CDF",
+        "ratio",
+        "sample()",
+    ):
         shown.add_column(heading, justify="right")
     for rows, vocabulary in SHAPES:
         generator = torch.Generator().manual_seed(0)

@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.attention import measure_attention
 from benchmarks.duel import Side, comparison, fastest, machine, table, take_turns
 from benchmarks.train_sides import (
@@ -32,6 +30,7 @@ from benchmarks.train_sides import (
     trl_grpo,
     trl_sft,
 )
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
@@ -75,7 +74,9 @@ def compare(
 ) -> dict[str, Any]:
     """phikit against the fastest variant of TRL."""
     ours, theirs = MAKERS[kind]
-    trial = replace(job, steps=min(job.steps, 5), prompts_per_step=max(8, job.prompts_per_step // 4))
+    trial = replace(
+        job, steps=min(job.steps, 5), prompts_per_step=max(8, job.prompts_per_step // 4)
+    )
     variants = [*PEERS[job.dtype]]
     if kind == "grpo" and continuous:
         variants += [f"{variant} continuous" for variant in variants if "sdpa" in variant]

@@ -324,7 +324,9 @@ def trl_grpo(job: Job) -> Play:
             processing_class=tokenizer,
         )
         seconds = _trl_train(trainer)
-        lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "loss" in log]
+        lengths = [
+            log["completions/mean_length"] for log in trainer.state.log_history if "loss" in log
+        ]
         sampled = replies * sum(lengths) / len(lengths)
         return Outcome(3600 * job.steps / seconds, {"sampled_tokens": sampled})
 

@@ -64,6 +64,8 @@ def results(pipeline: str) -> dict[str, Any]:
 
 def stage_table(pipeline: str) -> str:
     """Every stage over the seeds: means, spread between seeds, paired differences of each seed."""
+    if not (RESULTS / f"{pipeline}.json").exists():
+        return f"Not measured yet; `python -m benchmarks.seeds {pipeline}` does.\n"
     runs = results(pipeline)["runs"]
     lines = [
         "| Stage | Seconds | Tokens trained | Accuracy, greedy | pass@1, T = 0.6 | Length "
@@ -84,14 +86,15 @@ def stage_table(pipeline: str) -> str:
     walls = [run["wall_seconds"] for run in runs]
     problems = runs[0]["stages"][0]["n"]
     errors = [100 * s["stderr"] for run in runs for s in run["stages"][1:]]
+    minutes = " to ".join(f"{wall / 60:.1f}" for wall in sorted({min(walls), max(walls)}))
+    seeds = "One seed." if len(runs) == 1 else f"Mean ± standard deviation over {len(runs)} seeds."
     return "\n".join(
         [
             *lines,
             "",
-            f"Mean ± standard deviation over {len(runs)} seeds; {problems} held-out problems of 2 "
-            f"to 5 calculations, the same for all. One seed's standard error over problems is at "
-            f"most {max(errors):.1f} points. Whole command: "
-            f"{min(walls) / 60:.1f} to {max(walls) / 60:.1f} minutes.",
+            seeds + f" {problems} held-out problems of 2 to 5 calculations, the same for all. One "
+            f"seed's standard error over problems is at most {max(errors):.1f} points. The run "
+            f"took {minutes} minutes without the set-up.",
             "",
         ]
     )

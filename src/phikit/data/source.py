@@ -5,7 +5,7 @@ their content, so no seed and no file can put one problem on both sides.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ class HubSource(Config):
     license: str = "unknown"
 
 
-Source = ProceduralSource | FileSource | HubSource
+Source = Annotated[ProceduralSource | FileSource | HubSource, Field(discriminator="kind")]
 
 
 def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
