@@ -219,7 +219,7 @@ def _trl_model(job: Job) -> tuple[Any, Any]:
 
 
 def _trl_options(job: Job) -> dict[str, Any]:
-    """What SFTConfig and GRPOConfig share; everything that costs time and is not training is off."""
+    """What SFTConfig and GRPOConfig share; whatever costs time and is not training is off."""
     return {
         "output_dir": str(job.folder / "trl"),
         "max_steps": job.steps,
