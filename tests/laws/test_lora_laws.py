@@ -100,3 +100,19 @@ def test_gradient_is_that_of_the_dense_update(tiny_model):
             expected_a = adapter.scale * adapter.b_DR.T @ gradient
             torch.testing.assert_close(adapter.b_DR.grad, expected_b, atol=1e-5, rtol=1e-3)
             torch.testing.assert_close(adapter.a_RD.grad, expected_a, atol=1e-5, rtol=1e-3)
+
+
+def test_adapters_of_one_seed_are_equal(tiny_model):
+    first, again, other = (
+        attach_lora(
+            tiny_model(),
+            name="a",
+            targets=TARGETS,
+            rank=2,
+            alpha=4.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -76,7 +76,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Print a line above the bar. The text is shown as it is, never read as rich markup."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _print_line(self, elapsed_s: float) -> None:
         left_s = elapsed_s / max(self._done, 1) * max(self._total - self._done, 0)

@@ -14,12 +14,20 @@ from torch import Tensor, nn
 class LowRank(nn.Module):
     """`scale * B(A(x))`, with A drawn like a linear layer and B zero: the identity at the start."""
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.scale = alpha / rank
         self.a_RD = nn.Parameter(torch.empty(rank, in_features))
         self.b_DR = nn.Parameter(torch.zeros(out_features, rank))
-        nn.init.kaiming_uniform_(self.a_RD, a=5**0.5)
+        nn.init.kaiming_uniform_(self.a_RD, a=5**0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a_RD), self.b_DR) * self.scale
@@ -53,7 +61,13 @@ class LoRALinear(nn.Linear):
 
 
 def attach_lora(
-    model: nn.Module, *, name: str, targets: Iterable[str], rank: int, alpha: float
+    model: nn.Module,
+    *,
+    name: str,
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
     """Freeze `model`, give the linears named in `targets` an adapter each; return its weights.
 
@@ -67,7 +81,9 @@ def attach_lora(
         if leaf not in wanted or not isinstance(module, nn.Linear):
             continue
         wrapped = module if isinstance(module, LoRALinear) else LoRALinear.wrap(module)
-        adapter = LowRank(module.in_features, module.out_features, rank=rank, alpha=alpha)
+        adapter = LowRank(
+            module.in_features, module.out_features, rank=rank, alpha=alpha, generator=generator
+        )
         wrapped.adapters[name] = adapter.to(module.weight.device, module.weight.dtype)
         wrapped.active = name
         model.get_submodule(path.rpartition(".")[0]).register_module(leaf, wrapped)

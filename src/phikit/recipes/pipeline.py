@@ -221,9 +221,14 @@ class Pipeline:
         objective, steps = prepare(stage, context)
         prepared = time.perf_counter() - started
         if config.lora is not None:
-            lora = config.lora
+            lora, seed = config.lora, stage_seed(config.seed, stage.name, "adapter")
             attach_lora(
-                loaded.model, name=ADAPTER, targets=lora.targets, rank=lora.rank, alpha=lora.alpha
+                loaded.model,
+                name=ADAPTER,
+                targets=lora.targets,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                generator=torch.Generator().manual_seed(seed),
             )
         trackers = open_trackers(config.trackers, run_path=run.path, config=run.config)
         totals = train(
