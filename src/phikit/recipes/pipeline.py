@@ -245,12 +245,7 @@ class Pipeline:
             tracker.close()
         if config.lora is not None:
             merge_lora(loaded.model, ADAPTER)
-        temporary = folder.path / "model.tmp"
-        with storage_errors(temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(folder.model, ignore_errors=True)
-            save(temporary, loaded)
-            temporary.rename(folder.model)
+        _save_whole(folder.model, loaded)
         result = {
             "name": stage.name,
             "fingerprint": folder.fingerprint,
@@ -339,3 +334,13 @@ class Pipeline:
         write_atomic(self.out / "results.json", json.dumps(everything, indent=1))
         write_report(everything, self.out / "report.html")
         return everything
+
+
+def _save_whole(folder: Path, loaded: Loaded) -> None:
+    """Save a model under another name and rename it: the folder is whole or absent."""
+    temporary = folder.with_suffix(".tmp")
+    with storage_errors(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        save(temporary, loaded)
+        temporary.rename(folder)
