@@ -85,6 +85,49 @@ def test_short_and_long_prompts_in_one_call(model):
         assert completion.tokens == uncached_greedy(model, request)
 
 
+CONTEXT = 14
+CROSSING = {"tie_embeddings": False, "longrope": {**FACTORS, "original_context": CONTEXT}}
+
+
+@pytest.mark.parametrize("prefill_tokens", [16, 8192])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 9}])
+def test_crossing_the_original_context(tiny_model, compactions, changes, prefill_tokens):
+    """Rows cross at different steps, as groups, beside rows that never do or that began beyond."""
+    model = tiny_model(**CROSSING, **changes)
+    requests = [
+        Request(list(range(length)), max_new_tokens=new, num_samples=3, temperature=0.0)
+        for length, new in ((3, 24), (13, 9), (14, 12), (1, 8), (20, 6), (9, 30))
+    ]
+    engine = Engine(model, prefill_tokens=prefill_tokens)
+    for request, samples in zip(requests, engine.generate(requests), strict=True):
+        assert [s.tokens for s in samples] == [uncached_greedy(model, request)] * 3
+    assert compactions
+    never = tiny_model(**{**CROSSING, **changes, "longrope": None})
+    assert any(uncached_greedy(never, r) != uncached_greedy(model, r) for r in requests)
+
+
+@torch.no_grad()
+def test_samples_across_the_original_context(tiny_model):
+    model = tiny_model(**CROSSING)
+    request = Request([5, 4, 3], max_new_tokens=20, num_samples=4, temperature=1.0, seed=1)
+    [samples] = Engine(model).generate([request])
+    for sample in samples:
+        tokens = [*request.prompt, *sample.tokens]
+        for end, log_prob in zip(range(3, len(tokens)), sample.log_probs, strict=True):
+            logits = model(torch.tensor([tokens[:end]]))[0, -1]
+            assert log_prob == pytest.approx(float(logits.log_softmax(-1)[tokens[end]]), abs=1e-4)
+
+
+def test_little_memory_for_the_cache_changes_nothing(model):
+    requests = [sampled(prompt, seed) for seed, prompt in enumerate(prompts(5, longest=9))]
+    for little, much in zip(
+        Engine(model, cache_bytes=20_000).generate(requests),
+        Engine(model).generate(requests),
+        strict=True,
+    ):
+        assert_same(little, much)
+
+
 def test_equal_samples_of_a_greedy_group(model, compactions):
     requests = [
         Request(prompt, max_new_tokens=5 + 6 * i, num_samples=3, temperature=0.0)

@@ -59,7 +59,7 @@ def test_steps_too_small_for_bfloat16_are_not_lost():
             parameter.grad = torch.ones_like(parameter)
         optimiser.accumulate()
         optimiser.step(1.0)
-    norm = model.model.norm.weight
+    norm = model.get_parameter("model.norm.weight")
     assert norm.float().mean().item() == pytest.approx(0.99, abs=2**-8)
 
 

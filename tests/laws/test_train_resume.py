@@ -20,6 +20,7 @@ from torch import Tensor
 from phikit.base.checkpoint import latest_checkpoint
 from phikit.base.errors import CheckpointError, Interrupted, NumericsError
 from phikit.base.types import Batch
+from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseModel
 from phikit.train.objective import LossOutput, StepData
 from phikit.train.optim import OptimConfig
@@ -125,7 +126,7 @@ class Poisoned:
     def weight(self, batch: Batch) -> float:
         return self.inner.weight(batch)
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         total, metrics = self.inner.loss(model, batch)
         if self.step == 2:
             total = total * math.nan if self.where == "loss" else poison(total)

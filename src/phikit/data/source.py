@@ -48,9 +48,12 @@ class HubSource(Config):
     question: str = "question"
     answer: str = "answer"
     solution: str | None = None
-    """Column with the reply; a `<think>` part in it becomes the thinking."""
+    """Column with the reply: text, or turns `{"role", "content"}` of which the assistant's last one
+    counts. A `<think>` part in it becomes the thinking."""
     count: int | None = None
     license: str = "unknown"
+    is_benchmark: bool = False
+    """All rows are test problems; otherwise each belongs to a split by its content."""
 
 
 Source = Annotated[ProceduralSource | FileSource | HubSource, Field(discriminator="kind")]
@@ -70,14 +73,21 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
             steps=source.steps,
             level=source.level,
         )
-    problems: Iterable[Problem] = (
-        read_problems(source.path) if isinstance(source, FileSource) else _hub(source)
-    )
+    is_benchmark = False
+    if isinstance(source, FileSource):
+        problems: Iterable[Problem] = read_problems(source.path)
+    else:
+        problems, is_benchmark = _hub(source), source.is_benchmark
+        if is_benchmark and split != "test":
+            raise DataError(
+                f"{source.id} is a benchmark, asked for the split {split!r}",
+                fix='evaluate on it with split="test", and train on other data',
+            )
     found: list[Problem] = []
     for problem in problems:
         if source.count is not None and len(found) == source.count:
             break
-        if split_of(problem.signature) == split:
+        if is_benchmark or split_of(problem.signature) == split:
             found.append(problem)
     if not found:
         raise DataError(f"{source.kind} source has no problem of the split {split!r}")
@@ -96,12 +106,21 @@ def _hub(source: HubSource) -> Iterable[Problem]:
         yield _hub_problem(source, row, index)
 
 
+def _last_reply(value: Any) -> Any:
+    """The assistant's last turn, if `value` is a list of turns."""
+    if isinstance(value, list):
+        turns = [t for t in value if isinstance(t, dict) and t.get("role") == "assistant"]
+        return turns[-1].get("content") if turns else None
+    return value
+
+
 def _hub_problem(source: HubSource, row: Mapping[str, Any], index: int) -> Problem:
     columns = [c for c in (source.question, source.answer, source.solution) if c is not None]
-    missing = [column for column in columns if not isinstance(row.get(column), str)]
+    row = {column: _last_reply(row.get(column)) for column in columns}
+    missing = [column for column in columns if not isinstance(row[column], str)]
     if missing:
         raise DataError(
-            f"{source.id}, row {index}: no text in the columns {missing}; it has {sorted(row)}",
+            f"{source.id}, row {index}: no text in the columns {missing}",
             fix="name the columns in the source's config",
         )
     thinking, solution = None, row[source.solution] if source.solution else None
@@ -120,7 +139,7 @@ def _hub_problem(source: HubSource, row: Mapping[str, Any], index: int) -> Probl
             source=source.id,
             family="",
             license=source.license,
-            split=split_of(signature),
+            split="test" if source.is_benchmark else split_of(signature),
             generator="hub",
             version=source.revision or "main",
             seed=0,

@@ -1,1 +1,1 @@
-"""Generation on token ids: requests in, completions out. This room knows nothing of text."""
+"""Level 4: generation. The engine works on token ids; `language_model` puts text around it."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phikit.models.dense import DenseConfig
-from phikit.nn.attention import CausalAttention
+from phikit.models.decoder import DecoderConfig
+from phikit.nn.attention import BlockSparse, CausalAttention
 
 BLOCK_STEPS = 16
 """Steps by which the suffix grows."""
@@ -22,7 +22,7 @@ BLOCK_STEPS = 16
 class GroupCache:
     """Per layer a prefix [P, K, S, H] shared by groups and a suffix [P * G, K, capacity, H]."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         self.config = config
         self.prefix: list[tuple[Tensor, Tensor]] = []
         self.suffix: list[tuple[Tensor, Tensor]] = []
@@ -30,6 +30,7 @@ class GroupCache:
         self.group = 0
         self.steps = 0
         self.bias = torch.empty(0)
+        self._sparse_biases: dict[BlockSparse, Tensor] = {}
 
     def fork(self, lengths_P: Tensor, *, group: int) -> None:
         """After the prefill: open an empty suffix for `group` samples of each prompt."""
@@ -48,6 +49,25 @@ class GroupCache:
             capacity += BLOCK_STEPS
         self.steps += 1
         self.bias = self._mask(capacity)
+        self._sparse_biases.clear()
+
+    def sparse_bias(self, pattern: BlockSparse) -> Tensor:
+        """`bias` and what a pattern hides from each head, [P, 1, K, N / K, S + capacity]."""
+        longest, capacity = self.prefix[0][0].shape[2], self.suffix[0][0].shape[2]
+        if longest + self.steps <= pattern.reach:
+            return self.bias
+        if pattern not in self._sparse_biases:
+            device, lengths_P1 = self.lengths_P.device, self.lengths_P[:, None]
+            prefix_PS = torch.arange(longest, device=device).expand(len(lengths_P1), -1)
+            suffix_PS = lengths_P1 + torch.arange(capacity, device=device)
+            visible = pattern.visible(
+                lengths_P1 + self.steps - 1,
+                torch.cat([prefix_PS, suffix_PS], dim=1),
+                num_heads=self.config.num_heads,
+            )
+            by_head = visible[:, :, 0].unflatten(1, (self.config.num_kv_heads, -1))[:, None]
+            self._sparse_biases[pattern] = self.bias.masked_fill(~by_head, float("-inf"))
+        return self._sparse_biases[pattern]
 
     def keep(self, grid_PG: Tensor) -> None:
         """Keep cell (p, g) of the grid where `grid_PG` [P', G'] holds its row number p * G + g."""
@@ -56,6 +76,14 @@ class GroupCache:
         self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
         self.suffix = [(k[rows], v[rows]) for k, v in self.suffix]
         self.lengths_P, self.group = self.lengths_P[prompts], grid_PG.shape[1]
+
+    def replace(self, prompt: int, rows: slice, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Put in keys and values of whole sequences, [rows, K, prompt + steps, H] per layer."""
+        length = int(self.lengths_P[prompt])
+        for prefix, suffix, new in zip(self.prefix, self.suffix, layers, strict=True):
+            for shared, own, whole in zip(prefix, suffix, new, strict=True):
+                shared[prompt, :, :length] = whole[0, :, :length]
+                own[rows, :, : self.steps] = whole[:, :, length:]
 
     def _mask(self, capacity: int) -> Tensor:
         """Additive mask [P, 1, 1, 1, S + capacity]: padding, unused steps, keys out of window."""
@@ -80,10 +108,18 @@ class Prefill(CausalAttention):
         super().__init__(window=cache.config.sliding_window)
         self.cache = cache
 
-    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layer: int) -> Tensor:
+    def __call__(
+        self,
+        q_BTNH: Tensor,
+        k_BTKH: Tensor,
+        v_BTKH: Tensor,
+        *,
+        layer: int,
+        pattern: BlockSparse | None = None,
+    ) -> Tensor:
         k, v = k_BTKH.transpose(1, 2).contiguous(), v_BTKH.transpose(1, 2).contiguous()
         self.cache.prefix.append((k, v))
-        return super().__call__(q_BTNH, k_BTKH, v_BTKH, layer=layer)
+        return super().__call__(q_BTNH, k_BTKH, v_BTKH, layer=layer, pattern=pattern)
 
 
 class Decode:
@@ -92,7 +128,15 @@ class Decode:
     def __init__(self, cache: GroupCache) -> None:
         self.cache = cache
 
-    def __call__(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, *, layer: int) -> Tensor:
+    def __call__(
+        self,
+        q_BTNH: Tensor,
+        k_BTKH: Tensor,
+        v_BTKH: Tensor,
+        *,
+        layer: int,
+        pattern: BlockSparse | None = None,
+    ) -> Tensor:
         cache = self.cache
         rows, _, heads, width = q_BTNH.shape
         kv_heads = k_BTKH.shape[2]
@@ -113,7 +157,8 @@ class Decode:
         scores = torch.cat(
             [to_prefix.view(*by_prompt, length).transpose(1, 2), to_own.view(*grid, capacity)], -1
         )
-        weights = scores.add_(cache.bias).softmax(-1)
+        bias = cache.bias if pattern is None else cache.sparse_bias(pattern)
+        weights = scores.add_(bias).softmax(-1)
         on_prefix, on_own = weights.split([length, capacity], dim=-1)
         on_prefix = on_prefix.transpose(1, 2).reshape(prompts * kv_heads, -1, length)
         from_prefix = torch.bmm(on_prefix, prefix_v.flatten(0, 1)).view(*by_prompt, width)

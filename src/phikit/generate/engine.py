@@ -3,6 +3,10 @@
 One walk of a request: `generate` sorts requests by length and fills grids of P prompts x G samples;
 a grid is prefilled once per prompt, then all samples step together; samples that have ended are
 dropped from the grid when enough have; results go back in the order of the requests.
+
+LongRoPE rotates every key anew once a sequence outgrows the original context, and what was cached
+before depends on the old rotation through all layers. So a prompt whose samples reach that length
+is prefilled again with all it has said, at that one step; other rows of the grid go on undisturbed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +17,18 @@ from torch import Tensor
 
 from phikit.base.errors import ContextOverflowError
 from phikit.generate.cache import Decode, GroupCache, Prefill
+from phikit.generate.media import adapters_of, check_media, embed_prompts, routed
 from phikit.generate.request import Completion, OnProgress, Request
 from phikit.generate.sample import Sampling, sample, stream_ids
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
+from phikit.nn.attention import Attend
 
 SHRINK = 0.7
 """A grid is compacted when that leaves at most this share of its rows."""
+MAX_ROWS = 512
+"""Default bound on samples decoded together."""
+CACHE_BYTES = 4 << 30
+"""Default bound on their cached keys and values."""
 PROMPT_STEP = 16
 """Prompts are padded to a multiple of this."""
 
@@ -36,15 +46,27 @@ class _Group:
 class Engine:
     """Runs requests on a model in this process.
 
-    `max_rows` bounds the samples decoded together, `prefill_tokens` the tokens of one prefill call.
+    Args:
+        max_rows: bounds the samples decoded together.
+        prefill_tokens: bounds the tokens of one prefill call, unless one prompt alone is longer.
+        cache_bytes: bounds the keys and values of the samples decoded together, unless one sample
+            alone needs more.
     """
 
     def __init__(
-        self, model: DenseModel, *, max_rows: int = 512, prefill_tokens: int = 8192
+        self,
+        model: Decoder,
+        *,
+        max_rows: int = MAX_ROWS,
+        prefill_tokens: int = 8192,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        config = model.config
+        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         self.model = model
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
+        self.cache_tokens = cache_bytes // (width * model.lm_head.weight.element_size())
 
     @torch.inference_mode()
     def generate(
@@ -74,12 +96,15 @@ class Engine:
                 return
 
     def check(self, request: Request) -> None:
-        """Raise ContextOverflowError if the request cannot fit the model's context."""
-        config = self.model.config
-        limit = config.max_context
+        """Refuse what cannot be run.
+
+        Raises:
+            ContextOverflowError: prompt and reply do not fit into the model's context.
+            ChatError: the media fit neither the prompt's placeholders nor the model.
+            ConfigError: the model has no such adapter.
+        """
+        limit = self.model.config.max_context
         needed = len(request.prompt) + request.max_new_tokens
-        if config.longrope is not None and len(request.prompt) <= config.longrope.original_context:
-            limit = config.longrope.original_context
         if not request.prompt:
             raise ContextOverflowError("the prompt is empty", fix="pass at least one token")
         if needed > limit:
@@ -88,32 +113,33 @@ class Engine:
                 f"{needed}, and the model's context is {limit}",
                 fix="shorten the prompt or lower max_new_tokens",
             )
+        check_media(self.model, request)
 
     def _grids(self, requests: Sequence[Request]) -> Iterator[list[_Group]]:
         """Fill grids with groups of like size and length, the longest first."""
-        groups = [
-            _Group(i, first, min(self.max_rows, request.num_samples - first), request)
-            for i, request in enumerate(requests)
-            for first in range(0, request.num_samples, self.max_rows)
-        ]
-        groups.sort(key=lambda g: (*self._kind(g), len(g.request.prompt)), reverse=True)
+        groups = []
+        for i, request in enumerate(requests):
+            step = min(self.max_rows, self.cache_tokens // max(1, request.max_new_tokens)) or 1
+            groups += [
+                _Group(i, first, min(step, request.num_samples - first), request)
+                for first in range(0, request.num_samples, step)
+            ]
+        groups.sort(key=lambda g: (g.count, len(g.request.prompt)), reverse=True)
         grid: list[_Group] = []
         for group in groups:
-            if grid and (self._kind(grid[0]) != self._kind(group) or self._is_full(grid)):
+            if grid and (grid[0].count != group.count or not self._has_room(grid, group)):
                 yield sorted(grid, key=lambda g: (g.index, g.first))
                 grid = []
             grid.append(group)
         if grid:
             yield sorted(grid, key=lambda g: (g.index, g.first))
 
-    def _kind(self, group: _Group) -> tuple[bool, int]:
-        """What all groups of a grid share: LongRoPE has one set of factors per call."""
-        longrope = self.model.config.longrope
-        is_long = longrope is not None and len(group.request.prompt) > longrope.original_context
-        return is_long, group.count
-
-    def _is_full(self, grid: list[_Group]) -> bool:
-        return (len(grid) + 1) * grid[0].count > self.max_rows
+    def _has_room(self, grid: list[_Group], group: _Group) -> bool:
+        """Whether a grid may take one more group; its first prompt is its longest."""
+        groups = [*grid, group]
+        longest = max(g.request.max_new_tokens for g in groups)
+        tokens = len(groups) * (len(grid[0].request.prompt) + group.count * longest)
+        return len(groups) * group.count <= self.max_rows and tokens <= self.cache_tokens
 
     def _run(self, groups: list[_Group], on_progress: OnProgress | None) -> list[list[Completion]]:
         grid = _Grid(self, groups)
@@ -132,8 +158,10 @@ class _Grid:
 
     def __init__(self, engine: Engine, groups: list[_Group]) -> None:
         self.model, self.groups = engine.model, groups
+        self.prefill_tokens = engine.prefill_tokens
         self.group = groups[0].count
         requests = [g.request for g in groups for _ in range(self.group)]
+        self.adapters = adapters_of(self.model, requests)
         device = self.model.lm_head.weight.device
         column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
         self.sampling = Sampling(
@@ -158,7 +186,7 @@ class _Grid:
         self.stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
         self.cache = GroupCache(self.model.config)
         self.steps = 0
-        self.hidden = self._prefill(engine.prefill_tokens)
+        self.hidden = self._prefill()
 
     @property
     def rows(self) -> int:
@@ -168,26 +196,33 @@ class _Grid:
     def live(self) -> int:
         return int((~self.finished).sum())
 
-    def _prefill(self, prefill_tokens: int) -> Tensor:
+    def _prefill(self) -> Tensor:
         """Fill the prefix cache; return the hidden state after each prompt, once per sample."""
         device = self.model.lm_head.weight.device
         lengths = torch.tensor([len(g.request.prompt) for g in self.groups], device=device)
         longest = int(lengths.max())
         width = longest + -longest % PROMPT_STEP
-        # Padding repeats the last position: LongRoPE chooses its factors by the largest one.
-        positions = torch.arange(width, device=device).clamp_(max=longest - 1)[None]
+        positions = torch.arange(width, device=device)[None]
+        if self.model.config.longrope is not None:
+            # Padding repeats the last position: the largest of a row chooses its factors.
+            positions = torch.minimum(positions, lengths[:, None] - 1)
+        positions = positions.expand(len(lengths), -1)
         tokens = torch.zeros(len(self.groups), width, dtype=torch.long, device=device)
         for row, group in zip(tokens, self.groups, strict=True):
             row[: len(group.request.prompt)] = torch.as_tensor(group.request.prompt)
         parts: list[list[tuple[Tensor, Tensor]]] = []
         last: list[Tensor] = []
-        chunk = max(1, prefill_tokens // width)
+        chunk = max(1, self.prefill_tokens // width)
         for start in range(0, len(tokens), chunk):
-            part = GroupCache(self.model.config)
-            hidden = self.model.hidden(
-                tokens[start : start + chunk], positions_BT=positions, attend=Prefill(part)
+            part, rows = GroupCache(self.model.config), slice(start, start + chunk)
+            requests = [g.request for g in self.groups[rows]]
+            hidden = self._run(
+                embed_prompts(self.model, tokens[rows], requests),
+                self.adapters[:: self.group][rows],
+                positions_BT=positions[rows],
+                attend=Prefill(part),
             )
-            ends = lengths[start : start + chunk] - 1
+            ends = lengths[rows] - 1
             last.append(hidden[torch.arange(len(hidden), device=device), ends])
             parts.append(part.prefix)
         self.cache.prefix = [
@@ -197,9 +232,21 @@ class _Grid:
         self.cache.fork(lengths, group=self.group)
         return torch.cat(last).repeat_interleave(self.group, dim=0)
 
+    def _run(
+        self,
+        x_BTD: Tensor,
+        adapters: Sequence[str | None],
+        *,
+        attend: Attend,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The model on embedded tokens, each row on its adapter."""
+        with routed(self.model, adapters):
+            return self.model.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
+
     def step(self) -> Tensor:
         """Draw one token per row; if any row goes on, run the model on them; return the ids."""
-        logits = self.model.lm_head(self.hidden)
+        logits = self.model.logits(self.hidden)
         ids, log_probs = sample(logits, self.sampling, step=self.steps)
         going = ~self.finished
         where = self.origin[going]
@@ -213,10 +260,36 @@ class _Grid:
         if not bool(self.finished.all()):
             self.cache.advance()
             positions = self.cache.lengths_P.repeat_interleave(self.group) + self.steps - 1
-            self.hidden = self.model.hidden(
-                ids[:, None], positions_BT=positions[:, None], attend=Decode(self.cache)
+            self.hidden = self._run(
+                self.model.embed(ids[:, None]),
+                self.adapters,
+                positions_BT=positions[:, None],
+                attend=Decode(self.cache),
             )[:, 0]
+            self._switch_factors()
         return ids
+
+    def _switch_factors(self) -> None:
+        """Prefill anew the prompts whose samples have just outgrown LongRoPE's original context."""
+        longrope = self.model.config.longrope
+        if longrope is None:
+            return
+        last_P = self.cache.lengths_P + self.steps - 1
+        for prompt in (last_P == longrope.original_context).nonzero().flatten().tolist():
+            first = prompt * self.group
+            request = self.groups[int(self.origin[first]) // self.groups[0].count].request
+            given = torch.as_tensor(request.prompt, device=self.tokens.device)
+            given_1TD = embed_prompts(self.model, given[None], [request])
+            step = max(1, self.prefill_tokens // (longrope.original_context + 1))
+            for start in range(first, first + self.group, step):
+                rows = slice(start, min(start + step, first + self.group))
+                said = self.tokens[self.origin[rows], : self.steps]
+                part = GroupCache(self.model.config)
+                prompt_BTD = given_1TD.expand(len(said), -1, -1)
+                x_BTD = torch.cat([prompt_BTD, self.model.embed(said)], dim=1)
+                run = self._run(x_BTD, self.adapters[rows], attend=Prefill(part))
+                self.hidden[rows] = run[:, -1]
+                self.cache.replace(prompt, rows, part.prefix)
 
     def compact(self) -> None:
         """Drop finished prompts and columns if that shrinks the grid enough.
@@ -240,6 +313,7 @@ class _Grid:
         self.limits, self.stop_ids = self.limits[rows], self.stop_ids[rows]
         self.finished, self.origin = self.finished[rows], self.origin[rows]
         self.hidden = self.hidden[rows]
+        self.adapters = [self.adapters[row] for row in rows.tolist()]
 
     def completions(self) -> list[list[Completion]]:
         """The finished samples, one list per group."""

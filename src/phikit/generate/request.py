@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from phikit.models.multimodal import Media
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -19,6 +21,11 @@ class Request:
     seed: int = 0
     """Sample `i` of this request draws from the stream (seed, i), whatever else is in the batch."""
     stop_ids: tuple[int, ...] = ()
+    media: Media | None = None
+    """What the prompt's placeholders stand for; a multimodal model needs it."""
+    adapter: str | None = None
+    """Run on this adapter of the model; None is the one that the media call for, else the chosen
+    one (`nn.lora.choose_adapter`)."""
 
 
 class Completion(NamedTuple):

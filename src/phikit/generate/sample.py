@@ -65,7 +65,10 @@ def sample(logits_RV: Tensor, sampling: Sampling, *, step: int) -> tuple[Tensor,
 
 
 def _truncate(scaled_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Set entries outside top-k and top-p to -inf; the most likely entry always stays."""
+    """Set entries outside top-k and top-p to -inf; the most likely entry always stays.
+
+    Top-p takes its share of what top-k has left, as transformers and vLLM do.
+    """
     cut_k, cut_p = bool((sampling.top_k > 0).any()), bool((sampling.top_p < 1).any())
     if not (cut_k or cut_p):
         return scaled_RV
@@ -75,7 +78,7 @@ def _truncate(scaled_RV: Tensor, sampling: Sampling) -> Tensor:
     if cut_k:
         keep &= (rank < sampling.top_k[:, None]) | (sampling.top_k == 0)[:, None]
     if cut_p:
-        probs = ordered.softmax(-1)
+        probs = ordered.masked_fill(~keep, float("-inf")).softmax(-1)
         keep &= (probs.cumsum(-1) - probs < sampling.top_p[:, None]) | (rank == 0)
     floor = ordered.masked_fill(~keep, float("inf")).min(-1, keepdim=True).values
     return scaled_RV.masked_fill(scaled_RV < floor, float("-inf"))

@@ -1,14 +1,28 @@
 """Low-rank adapters (Hu et al., 2021): one frozen linear, any number of named adapters.
 
 `LoRALinear` *is* an `nn.Linear`, so the base weight keeps its checkpoint key and a model with
-adapters loads a checkpoint without them. With no adapter chosen the base runs exactly, bit for bit.
+adapters loads a checkpoint without them.
+
+Which adapter a row of the batch uses is data, not a property of the model (the Mixture-of-LoRAs of
+Phi-4-multimodal, arXiv 2503.01743, section 2.2.1): the linears of a model share one `AdapterRoute`,
+and `route_adapters` sets it for one forward pass. The base runs once for the whole batch and every
+adapter adds to its own rows alone, so a row without an adapter is what the base computes, bit for
+bit, whatever its neighbours do.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from phikit.base.errors import ConfigError
+
+BLOCKS = "model.layers"
+"""Where a decoder keeps its blocks; its encoders may have linears of the same names."""
 
 
 class LowRank(nn.Module):
@@ -29,6 +43,14 @@ class LowRank(nn.Module):
         self.b_DR = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.kaiming_uniform_(self.a_RD, a=5**0.5, generator=generator)
 
+    @classmethod
+    def of(cls, a_RD: Tensor, b_DR: Tensor, *, scale: float) -> "LowRank":
+        """The adapter with these weights."""
+        with torch.device("meta"):
+            adapter = cls(a_RD.shape[1], len(b_DR), rank=len(a_RD), alpha=scale * len(a_RD))
+        adapter.a_RD, adapter.b_DR, adapter.scale = nn.Parameter(a_RD), nn.Parameter(b_DR), scale
+        return adapter
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a_RD), self.b_DR) * self.scale
 
@@ -37,27 +59,143 @@ class LowRank(nn.Module):
         return self.scale * (self.b_DR.float() @ self.a_RD.float())
 
 
+class AdapterRows(NamedTuple):
+    """The rows of a batch that use one adapter, int64; None is all of them."""
+
+    name: str
+    rows: Tensor | None
+
+
+class AdapterRoute:
+    """Which adapters run: shared by all LoRALinears of a model, not safe across threads."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        """All adapters of the model, in the order they were attached."""
+        self.chosen: str | None = None
+        """The adapter of rows that name none."""
+        self.parts: tuple[AdapterRows, ...] | None = None
+        """Set during a routed pass; None sends all rows through `chosen`."""
+
+    def now(self) -> tuple[AdapterRows, ...]:
+        """The parts of the running batch that use an adapter."""
+        if self.parts is not None:
+            return self.parts
+        return () if self.chosen is None else (AdapterRows(self.chosen, None),)
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError if the model has no adapter `name`."""
+        if name not in self.names:
+            raise ConfigError(
+                f"the model has no adapter {name!r}",
+                fix=f"it has {', '.join(self.names)}"
+                if self.names
+                else "attach one first (nn.lora.attach_lora)",
+            )
+
+
 class LoRALinear(nn.Linear):
-    """A linear layer with named low-rank adapters, of which at most one is active."""
+    """A linear layer with named low-rank adapters, of which at most one acts on each row."""
+
+    adapters: nn.ModuleDict
+    route: AdapterRoute
 
     @classmethod
-    def wrap(cls, linear: nn.Linear) -> "LoRALinear":
-        """A LoRALinear that shares `linear`'s parameters, which are frozen."""
+    def wrap(cls, linear: nn.Linear, route: AdapterRoute) -> "LoRALinear":
+        """A LoRALinear that shares `linear`'s parameters."""
         wrapped = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
         )
         wrapped.weight, wrapped.bias = linear.weight, linear.bias
-        wrapped.requires_grad_(False)
         wrapped.adapters = nn.ModuleDict()
-        wrapped.active = None
+        wrapped.route = route
         return wrapped
-
-    adapters: nn.ModuleDict
-    active: str | None
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, self.weight, self.bias)
-        return y if self.active is None else y + self.adapters[self.active](input)
+        for name, rows in self.route.now():
+            if name not in self.adapters:
+                continue
+            adapter = self.adapters[name]
+            update = adapter(input if rows is None else input[rows])
+            y = y + update if rows is None else y.index_add(0, rows, update)
+        return y
+
+
+def lora_linears(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Paths and modules of all linears of a model that can carry adapters."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield path, module
+
+
+def route_of(model: nn.Module) -> AdapterRoute:
+    """The route that the model's LoRALinears share; one of its own for a model without any."""
+    _, linear = next(lora_linears(model), ("", None))
+    return AdapterRoute() if linear is None else linear.route
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The weights of one adapter, to train it alone."""
+    return [
+        parameter
+        for _, linear in lora_linears(model)
+        if name in linear.adapters
+        for parameter in linear.adapters[name].parameters()
+    ]
+
+
+def add_adapter(model: nn.Module, path: str, *, name: str, adapter: LowRank) -> None:
+    """Give the linear layer at `path` an adapter; freeze and choose nothing."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    if not isinstance(linear, LoRALinear):
+        linear = LoRALinear.wrap(linear, route_of(model))
+        model.set_submodule(path, linear)
+    linear.adapters[name] = adapter
+    if name not in linear.route.names:
+        linear.route.names.append(name)
+
+
+def add_adapters(
+    model: nn.Module,
+    *,
+    name: str,
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    within: str = BLOCKS,
+    generator: torch.Generator | None = None,
+) -> list[nn.Parameter]:
+    """Give the linears named in `targets` an adapter each; freeze and choose nothing.
+
+    Returns the adapters' weights. Raises ConfigError if a target is no linear layer of the
+    submodule `within`.
+    """
+    targets = list(targets)
+    linears = {
+        f"{within}.{path}": module
+        for path, module in model.get_submodule(within).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    leaves = {path.rpartition(".")[2] for path in linears}
+    for target in targets:
+        if target not in leaves:
+            near = difflib.get_close_matches(target, leaves, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"the model's blocks have no linear layer {target!r}",
+                fix=f"the nearest name is {near[0]!r}" if near else None,
+            )
+    trainable: list[nn.Parameter] = []
+    for path, linear in linears.items():
+        if path.rpartition(".")[2] in targets:
+            adapter = LowRank(
+                linear.in_features, linear.out_features, rank=rank, alpha=alpha, generator=generator
+            )
+            adapter.to(linear.weight.device, linear.weight.dtype)
+            add_adapter(model, path, name=name, adapter=adapter)
+            trainable += adapter.parameters()
+    return trainable
 
 
 def attach_lora(
@@ -69,46 +207,89 @@ def attach_lora(
     alpha: float,
     generator: torch.Generator | None = None,
 ) -> list[nn.Parameter]:
-    """Freeze `model`, give the linears named in `targets` an adapter each; return its weights.
+    """Freeze `model`, give the linears of its blocks named in `targets` an adapter each.
 
-    The adapter is active from then on; `choose_adapter(model, None)` gives the base back.
+    Returns the adapters' weights. The adapter is chosen from then on; `choose_adapter(model, None)`
+    gives the base back. Raises ConfigError for a target that the blocks do not have.
     """
     model.requires_grad_(False)
-    trainable: list[nn.Parameter] = []
-    wanted = set(targets)
-    for path, module in list(model.named_modules()):
-        leaf = path.rpartition(".")[2]
-        if leaf not in wanted or not isinstance(module, nn.Linear):
-            continue
-        wrapped = module if isinstance(module, LoRALinear) else LoRALinear.wrap(module)
-        adapter = LowRank(
-            module.in_features, module.out_features, rank=rank, alpha=alpha, generator=generator
-        )
-        wrapped.adapters[name] = adapter.to(module.weight.device, module.weight.dtype)
-        wrapped.active = name
-        model.get_submodule(path.rpartition(".")[0]).register_module(leaf, wrapped)
-        trainable += wrapped.adapters[name].parameters()
+    trainable = add_adapters(
+        model, name=name, targets=targets, rank=rank, alpha=alpha, generator=generator
+    )
+    choose_adapter(model, name)
     return trainable
 
 
 def choose_adapter(model: nn.Module, name: str | None) -> None:
-    """Make the adapter `name` the active one everywhere; None runs the bare base."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.active = name
+    """Make `name` the adapter of all rows that name none; None runs the bare base.
+
+    Raises ConfigError if the model has no such adapter.
+    """
+    route = route_of(model)
+    if name is not None:
+        route.check(name)
+    route.chosen = name
+
+
+@contextmanager
+def route_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """During the context, row i of every batch through `model` uses the adapter `names[i]`.
+
+    None is the chosen adapter, which is the bare base unless `choose_adapter` said otherwise; an
+    adapter that adapts only some linears leaves the others to the base. Raises ConfigError if the
+    model has no adapter of one of these names.
+    """
+    route = route_of(model)
+    rows_of: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        name = name or route.chosen
+        if name is not None:
+            rows_of.setdefault(name, []).append(row)
+    device = next(model.parameters()).device
+    parts = []
+    for name, rows in rows_of.items():
+        route.check(name)
+        index = None if len(rows) == len(names) else torch.tensor(rows, device=device)
+        parts.append(AdapterRows(name, index))
+    before, route.parts = route.parts, tuple(parts)
+    try:
+        yield
+    finally:
+        route.parts = before
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, name: str) -> None:
-    """Add adapter `name` into the base weights (in float32) and remove all adapters."""
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, LoRALinear):
-            continue
-        update = module.adapters[name].delta()  # pyright: ignore[reportCallIssue]
-        plain = nn.Linear(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+def merge_lora(
+    model: nn.Module, name: str, *, others: Literal["drop", "keep"] | None = None
+) -> None:
+    """Add adapter `name` into the base weights (in float32) and remove it.
+
+    What becomes of other adapters must be said: "drop" removes them; "keep" leaves them on the
+    merged base, which is right only if they were trained on top of `name`.
+
+    Raises:
+        ConfigError: the model has no such adapter, or it has others and `others` is None.
+    """
+    route = route_of(model)
+    route.check(name)
+    rest = [other for other in route.names if other != name]
+    if rest and others is None:
+        raise ConfigError(
+            f"the model has other adapters than {name!r}: {', '.join(rest)}",
+            fix='merge with others="drop", or "keep" if they were trained on the merged model',
         )
-        weight = (module.weight.float() + update).to(module.weight.dtype)
-        plain.weight, plain.bias = nn.Parameter(weight), module.bias
-        parent, _, leaf = path.rpartition(".")
-        model.get_submodule(parent).register_module(leaf, plain)
+    route.names, route.chosen = rest, None
+    for path, linear in list(lora_linears(model)):
+        weight = linear.weight
+        if name in linear.adapters:
+            update = linear.adapters[name].delta()  # pyright: ignore[reportCallIssue]
+            weight = nn.Parameter((weight.float() + update).to(weight.dtype))
+            del linear.adapters[name]
+        if others == "keep" and len(linear.adapters):
+            linear.weight = weight
+            continue
+        plain = nn.Linear(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        plain.weight, plain.bias = weight, linear.bias
+        model.set_submodule(path, plain)

@@ -25,6 +25,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any,
         x_ND: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         targets_N: Tensor,
         temperature: float,
         wants_entropy: bool,
@@ -32,16 +33,19 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         norms, chosen, entropies = [], [], []
         for start in range(0, len(x_ND), chunk):
-            logits = (x_ND[start : start + chunk] @ weight_VD.T).float().div_(temperature)
+            logits = F.linear(x_ND[start : start + chunk], weight_VD, bias_V)
+            logits = logits.float().div_(temperature)
             targets = targets_N[start : start + chunk, None]
             norm = logits.logsumexp(-1)
             chosen.append(logits.gather(-1, targets)[:, 0] - norm)
             if wants_entropy:
                 log_probs = logits.sub_(norm[:, None])
+                if bias_V is not None:  # -inf rules a token out, and 0 * -inf is not a number
+                    log_probs.clamp_(min=torch.finfo(torch.float32).min)
                 entropies.append(-(log_probs.exp() * log_probs).sum(-1))
             norms.append(norm)
         empty = x_ND.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(x_ND, weight_VD, targets_N, torch.cat([empty, *norms]))
+        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N, torch.cat([empty, *norms]))
         ctx.temperature, ctx.chunk = temperature, chunk
         entropy_N = torch.cat([empty, *entropies])
         ctx.mark_non_differentiable(entropy_N)
@@ -50,53 +54,72 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_N: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x_ND, weight_VD, targets_N, norms_N = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        x_ND, weight_VD, bias_V, targets_N, norms_N = ctx.saved_tensors
         grad_x = torch.empty_like(x_ND)
-        grad_weight = None
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
         for start in range(0, len(x_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = (x_ND[rows] @ weight_VD.T).float().div_(ctx.temperature)
+            logits = F.linear(x_ND[rows], weight_VD, bias_V).float().div_(ctx.temperature)
             scale = -grad_N[rows, None] / ctx.temperature
             grad = logits.sub_(norms_N[rows, None]).exp_().mul_(scale)
             grad.scatter_add_(1, targets_N[rows, None], -scale)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
             grad = grad.to(x_ND.dtype)
             grad_x[rows] = grad @ weight_VD
             if grad_weight is not None:
                 grad_weight += grad.T @ x_ND[rows]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_x, grad_weight, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(weight_VD.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def token_log_probs(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probability of each target under softmax(x W^T / temperature), in nats, float32 [N].
+    """Log-probability of each target under softmax((x W^T + b) / temperature), nats, float32 [N].
 
-    Gradients flow to `x_ND` and `weight_VD`.
+    Gradients flow to `x_ND`, `weight_VD` and `bias_V`.
     """
-    return _padded(x_ND, weight_VD, targets_N, temperature, wants_entropy=False)[0]
+    return _padded(x_ND, weight_VD, targets_N, bias_V, temperature, wants_entropy=False)[0]
 
 
 def token_log_probs_and_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, temperature: float = 1.0
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs`, and the entropy of each distribution in nats, float32 [N], no gradient."""
-    return _padded(x_ND, weight_VD, targets_N, temperature, wants_entropy=True)
+    return _padded(x_ND, weight_VD, targets_N, bias_V, temperature, wants_entropy=True)
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, bias_V: Tensor | None = None
+) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [N], not summed."""
-    return -token_log_probs(x_ND, weight_VD, targets_N)
+    return -token_log_probs(x_ND, weight_VD, targets_N, bias_V=bias_V)
 
 
 def _padded(
     x_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
+    bias_V: Tensor | None,
     temperature: float,
     *,
     wants_entropy: bool,
@@ -106,6 +129,7 @@ def _padded(
     log_probs_N, entropy_N = _TokenLogProbs.apply(  # pyright: ignore[reportGeneralTypeIssues]
         F.pad(x_ND, (0, 0, 0, padding)),
         weight_VD,
+        bias_V,
         F.pad(targets_N, (0, padding)),
         temperature,
         wants_entropy,

@@ -2,14 +2,16 @@
 
 The first `rotary_dim` channels of a head are rotated in pairs (i, i + rotary_dim/2); the rest pass
 through. LongRoPE divides each frequency by a learnt factor and scales cos and sin by one constant;
-which of its two factor sets applies depends on the longest position of the call, so the tables are
-computed once per forward pass and handed to every layer.
+which of its two factor sets applies depends on the last position of the row, so the tables are
+computed once per forward pass and handed to every layer. (transformers decides by the longest row
+of a batch; a row's numbers here do not depend on its neighbours.)
 """
 
 import math
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from phikit.base.config import Config
@@ -22,6 +24,9 @@ class LongRope(Config):
     long_factor: tuple[float, ...]
     original_context: int
     """Context length before extension; the long factors apply from `original_context + 1` on."""
+    short_mscale: PositiveFloat | None = None
+    long_mscale: PositiveFloat | None = None
+    """What mixture-of-experts checkpoints scale cos and sin by, in place of the usual factor."""
 
 
 class RopeTables(NamedTuple):
@@ -51,12 +56,17 @@ def rope_tables(
     """Cosines and sines for the given positions, computed in float32 and cast to `dtype` last."""
     exponents = torch.arange(0, rotary_dim, 2, device=positions_BT.device).float() / rotary_dim
     frequencies = theta**exponents
-    if longrope is not None:
-        is_long = int(positions_BT.max()) >= longrope.original_context
-        factors = longrope.long_factor if is_long else longrope.short_factor
-        frequencies = torch.tensor(factors, device=positions_BT.device) * frequencies
-    angles_BTH = positions_BT[..., None, None].float() * (1.0 / frequencies)
     scale = attention_factor(longrope, max_context)
+    if longrope is not None:
+        is_long_B111 = (positions_BT.amax(-1) >= longrope.original_context)[:, None, None, None]
+        short, long = (
+            torch.tensor(factors, device=positions_BT.device) * frequencies
+            for factors in (longrope.short_factor, longrope.long_factor)
+        )
+        frequencies = torch.where(is_long_B111, long, short)
+        if longrope.short_mscale is not None and longrope.long_mscale is not None:
+            scale = torch.where(is_long_B111, longrope.long_mscale, longrope.short_mscale)
+    angles_BTH = positions_BT[..., None, None].float() * (1.0 / frequencies)
     return RopeTables((angles_BTH.cos() * scale).to(dtype), (angles_BTH.sin() * scale).to(dtype))
 
 

@@ -5,7 +5,6 @@ problems whose length is measured are generated on the spot. Every number says h
 exact, an estimate, or an upper bound.
 """
 
-import inspect
 from collections.abc import Iterable
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -16,8 +15,8 @@ from phikit.base.device import parse_dtype
 from phikit.data.corpus import pretraining_documents
 from phikit.data.problem import read_problems
 from phikit.data.source import FileSource, HubSource, ProceduralSource, Source, load_problems
-from phikit.generate.engine import Engine
-from phikit.models.dense import DenseModel
+from phikit.generate.engine import CACHE_BYTES, MAX_ROWS
+from phikit.models.registry import build
 from phikit.nn.attention import EXPLICIT_MAX_TOKENS
 from phikit.nn.lora import attach_lora
 from phikit.nn.losses import CHUNK_ELEMENTS
@@ -38,7 +37,6 @@ HUB_QUESTION_TOKENS, HUB_REPLY_TOKENS = 120, 6000
 """Of long chains of thought about competition problems: 16 k characters in OpenR1-Math-220k."""
 MEASURED = 64
 """Documents or problems that are drawn to measure a length."""
-MAX_ROWS: int = inspect.signature(Engine).parameters["max_rows"].default
 
 
 class Amount(NamedTuple):
@@ -110,7 +108,7 @@ class _Estimator:
     def __init__(self, config: PipelineConfig) -> None:
         self.shape, self.dtype = config.base.model, parse_dtype(config.dtype)
         with torch.device("meta"):
-            self.model = DenseModel(self.shape).to(self.dtype)
+            self.model = build(self.shape).to(self.dtype)
             if config.lora is not None:
                 attach_lora(self.model, name="adapter", **dict(config.lora))
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -205,11 +203,12 @@ class _Estimator:
         - activations that the backward pass keeps, per token and layer:
           (4 D + (3 N + 2 K) H + 3 F) b, and N T b for the attention weights where they are
           written out (up to 512 tokens on CPU); three float32 copies of one chunk of logits
-        - cache of rollouts: 2 K H b per row, token and layer, every reply at its full length
+        - cache of rollouts: 2 K H b per row, token and layer, every reply at its full length, for
+          as many rows at a time as the engine's bounds allow
 
         Args:
             rows, length: of a micro-batch, in tokens.
-            cached: rows and tokens of the rollouts; the engine runs at most `MAX_ROWS` at a time.
+            cached: rows and tokens of the rollouts.
         """
         shape, size = self.shape, self.dtype.itemsize
         state = Optimiser(self.model.named_parameters(), optim).state()
@@ -218,14 +217,15 @@ class _Estimator:
         per_token = 4 * shape.d_model + heads * shape.head_dim + 3 * shape.d_mlp
         if length <= EXPLICIT_MAX_TOKENS:
             per_token += shape.num_heads * length
-        cache_rows = min(cached[0], MAX_ROWS)
         per_cached_token = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * size
+        per_row = cached[1] * per_cached_token
+        cache_rows = min(cached[0], MAX_ROWS, max(1, CACHE_BYTES // max(1, per_row)))
         return Memory(
             weights=self.parameters.total * size,
             optimiser=kept + self.parameters.trainable * (4 + size),
             activations=rows * length * shape.num_layers * per_token * size
             + 3 * 4 * CHUNK_ELEMENTS,
-            cache=cache_rows * cached[1] * per_cached_token,
+            cache=cache_rows * per_row,
         )
 
 

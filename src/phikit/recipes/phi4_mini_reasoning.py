@@ -7,8 +7,7 @@ needs a cluster of GPUs; on a laptop `--dry-run` prints the budget.
 """
 
 from phikit.data.source import HubSource
-from phikit.models.dense import DenseConfig
-from phikit.nn.rope import LongRope
+from phikit.models.catalogue import PHI_4_MINI
 from phikit.recipes.config import (
     DPOStage,
     EvaluationConfig,
@@ -25,44 +24,21 @@ from phikit.train.loop import LoopConfig
 from phikit.train.optim import OptimConfig
 from phikit.train.sft import SFTConfig
 
-# fmt: off
-LONG_FACTOR = (
-    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649,
-    2.446418898, 2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845,
-    5.351743533, 5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158,
-    11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283, 20.47818807, 22.90118105,
-    25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71,
-    32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
-)
-# fmt: on
-
 TRACES = HubSource(
-    id="open-r1/OpenR1-Math-220k", question="problem", answer="answer", solution="solution"
+    id="open-r1/OpenR1-Math-220k",
+    question="problem",
+    answer="answer",
+    solution="messages",  # a trace of DeepSeek-R1; the column "solution" is written by people
+    count=90_000,
+    license="Apache-2.0",
 )
-
-
-def model() -> DenseConfig:
-    """Phi-4-mini: 3.836 B parameters, a tied vocabulary of 200 064, LongRoPE to 128 K tokens."""
-    return DenseConfig(
-        vocab_size=200_064,
-        d_model=3072,
-        num_layers=32,
-        num_heads=24,
-        num_kv_heads=8,
-        head_dim=128,
-        d_mlp=8192,
-        max_context=131_072,
-        partial_rotary=0.75,
-        sliding_window=262_144,
-        longrope=LongRope(short_factor=(1.0,) * 48, long_factor=LONG_FACTOR, original_context=4096),
-    )
 
 
 def phi4_mini_reasoning() -> PipelineConfig:
     """microsoft/Phi-4-mini-instruct to a reasoner: the published recipe, for a GPU cluster."""
     return PipelineConfig(
         name="phi4_mini_reasoning",
-        base=HubBase(id="microsoft/Phi-4-mini-instruct", model=model()),
+        base=HubBase(id="microsoft/Phi-4-mini-instruct", model=PHI_4_MINI),
         stages=(
             MidStage(
                 name="mid",
@@ -72,7 +48,7 @@ def phi4_mini_reasoning() -> PipelineConfig:
             ),
             SFTStage(
                 name="sft",
-                source=TRACES.model_copy(update={"count": 200_000}),
+                source=TRACES.model_copy(update={"count": 50_000}),
                 sft=SFTConfig(examples_per_step=128, micro_examples=1),
                 loop=LoopConfig(epochs=5, optim=OptimConfig(adam_lr=1e-5, warmup=0.1)),
             ),
@@ -98,7 +74,13 @@ def phi4_mini_reasoning() -> PipelineConfig:
             ),
         ),
         evaluation=EvaluationConfig(
-            source=HubSource(id="HuggingFaceH4/MATH-500", rows_of="test", question="problem"),
+            source=HubSource(
+                id="HuggingFaceH4/MATH-500",
+                rows_of="test",
+                question="problem",
+                count=500,
+                is_benchmark=True,
+            ),
             max_new_tokens=25_600,
         ),
     )

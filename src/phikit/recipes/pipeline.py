@@ -5,6 +5,7 @@ A stage's fingerprint covers its own config, the seed, the base, and the stage b
 its last checkpoint; a changed config starts a new folder and leaves the old one alone.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -33,7 +34,7 @@ from phikit.evals.stats import paired_difference
 from phikit.evals.task import EvalResult, Task, evaluate
 from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
 from phikit.generate.engine import Engine
-from phikit.models.dense import DenseModel
+from phikit.models.registry import build
 from phikit.nn.lora import attach_lora, merge_lora
 from phikit.recipes.config import (
     DPOStage,
@@ -113,25 +114,47 @@ class Pipeline:
             )
         self._write_config()
         set_threads(self.config.threads)
+        wanted = self.folders if until is None else self.folders[: names.index(until) + 1]
+        for folder in filter(self._is_done, wanted):
+            self.progress.print(f"{folder.stage.name}: done before, kept in {folder.path}")
+        if not (self._has_base_result() and all(map(self._is_done, wanted))):
+            self._work(wanted)
+        results = self._write_results()
+        write_report(results, self.out / "report.html")
+        return results
+
+    def _work(self, wanted: Sequence[StageFolder]) -> None:
+        """Train and score what is not done of these stages; results.json follows each of them."""
         problems = self._problems()
-        results: list[dict[str, Any]] = []
-        evaluations: list[dict[str, EvalResult]] = []
-        loaded = None if isinstance(self.config.base, NewBase) else self._load_base()
-        if loaded is not None:
-            evaluations.append(self._evaluate(loaded, problems[HELD_OUT], self.out / "base"))
-            results.append(self._summary("base", None, evaluations))
-        for folder in self.folders:
+        loaded = None
+        if not self._has_base_result():
+            loaded = self._load_base()
+            self._evaluate(loaded, problems[HELD_OUT], self.out / "base")
+        for number, folder in enumerate(wanted):
+            if self._is_done(folder):
+                loaded = None
+                continue
             if folder.result() is None:
-                loaded = self._train(folder, loaded, problems[folder.stage.name])
+                before = loaded or self._model_before(number)
+                loaded = self._train(folder, before, problems[folder.stage.name])
             else:
-                self.progress.print(f"{folder.stage.name}: done before, kept in {folder.path}")
                 loaded = load(folder.model, dtype=parse_dtype(self.config.dtype))
-            evaluations.append(self._evaluate(loaded, problems[HELD_OUT], folder.path))
-            results.append(self._summary(folder.stage.name, folder, evaluations))
-            self._write_results(results)
-            if folder.stage.name == until:
-                break
-        return self._write_results(results)
+            self._evaluate(loaded, problems[HELD_OUT], folder.path)
+            self._write_results()
+
+    def _is_done(self, folder: StageFolder) -> bool:
+        return folder.result() is not None and self._evaluation_path(folder.path).exists()
+
+    def _has_base_result(self) -> bool:
+        """Whether the base is scored, if it is one that can be."""
+        is_new = isinstance(self.config.base, NewBase)
+        return is_new or self._evaluation_path(self.out / "base").exists()
+
+    def _model_before(self, number: int) -> Loaded | None:
+        """What stage `number` starts from; None for a new base, which its stage makes."""
+        if number > 0:
+            return load(self.folders[number - 1].model, dtype=parse_dtype(self.config.dtype))
+        return None if isinstance(self.config.base, NewBase) else self._load_base()
 
     def _write_config(self) -> None:
         record = self.out / "config.json"
@@ -149,23 +172,32 @@ class Pipeline:
         write_atomic(record, json.dumps(content, indent=2) + "\n")
 
     def _problems(self) -> dict[str, list[Problem]]:
-        """The problems of every stage and of the evaluation, none of them on two sides."""
-        config = self.config
-        sets: dict[str, list[Problem]] = {}
+        """The problems of every stage and of the evaluation, none of them on two sides.
+
+        Training problems that a benchmark holds as well are left out, and the number is told.
+        """
+        config, evaluation = self.config, self.config.evaluation
+        self.progress.task("problems: drawing", len(config.stages) + 1)
+        held_out = load_problems(evaluation.source, split=evaluation.split, seed=evaluation.seed)
+        self.progress.advance()
+        withheld = {problem.content_hash for problem in held_out}
+        sets: dict[str, list[Problem]] = {HELD_OUT: held_out}
         sides: dict[str, list[Problem]] = {"train": [], "rl": []}
         for stage in config.stages:
-            if isinstance(stage, PretrainStage):
-                sets[stage.name] = []
-                continue
-            side = "rl" if isinstance(stage, DPOStage | RLStage) else "train"
-            seed = stage_seed(config.seed, stage.name, "problems")
-            sets[stage.name] = load_problems(stage.source, split=side, seed=seed)
-            sides[side] += sets[stage.name]
-        evaluation = config.evaluation
-        sets[HELD_OUT] = load_problems(
-            evaluation.source, split=evaluation.split, seed=evaluation.seed
-        )
-        assert_disjoint(**sides, held_out=sets[HELD_OUT])
+            found: list[Problem] = []
+            if not isinstance(stage, PretrainStage):
+                side = "rl" if isinstance(stage, DPOStage | RLStage) else "train"
+                seed = stage_seed(config.seed, stage.name, "problems")
+                found = load_problems(stage.source, split=side, seed=seed)
+                clean = [problem for problem in found if problem.content_hash not in withheld]
+                if len(clean) < len(found):
+                    left_out = len(found) - len(clean)
+                    self.progress.print(f"{stage.name}: left out {left_out} test problems")
+                sides[side] += clean
+                found = clean
+            sets[stage.name] = found
+            self.progress.advance()
+        assert_disjoint(**sides, held_out=held_out)
         return sets
 
     def _load_base(self) -> Loaded:
@@ -190,7 +222,7 @@ class Pipeline:
         texts += [f"{p.question}\n{p.thinking}\n{p.solution}" for p in traces]
         tokenizer = train_tokenizer(texts, size=base.model.vocab_size, specials=NANO_SPECIALS)
         generator = torch.Generator().manual_seed(stage_seed(seed, stage.name, "weights"))
-        model = DenseModel(base.model).initialise(generator).to(parse_dtype(self.config.dtype))
+        model = build(base.model).initialise(generator).to(parse_dtype(self.config.dtype))
         return Loaded(
             model=model,
             tokenizer=tokenizer,
@@ -257,15 +289,12 @@ class Pipeline:
         write_atomic(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
         return load(folder.model, dtype=parse_dtype(config.dtype))
 
-    def _evaluate(
-        self, loaded: Loaded, problems: Sequence[Problem], folder: Path
-    ) -> dict[str, EvalResult]:
+    def _evaluation_path(self, folder: Path) -> Path:
+        return folder / f"evaluation-{fingerprint(self.config.evaluation)[:8]}.json"
+
+    def _evaluate(self, loaded: Loaded, problems: Sequence[Problem], folder: Path) -> None:
         """Score greedily and by sampling; kept in the folder under the evaluation's fingerprint."""
         settings = self.config.evaluation
-        path = folder / f"evaluation-{fingerprint(settings)[:8]}.json"
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            return {name: EvalResult.from_dict(value) for name, value in kept.items()}
         with storage_errors(folder):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
         results = {}
@@ -288,8 +317,12 @@ class Pipeline:
             results[name] = evaluate(Task(name, problems, solver, self.scorer))
         write_transcripts(folder / "samples" / "test.txt", transcripts(results["greedy"]))
         self.progress.print(render_transcript(transcripts(results["greedy"])[0]))
-        write_atomic(path, json.dumps({name: r.to_dict() for name, r in results.items()}))
-        return results
+        kept = {name: result.to_dict() for name, result in results.items()}
+        write_atomic(self._evaluation_path(folder), json.dumps(kept))
+
+    def _evaluation(self, folder: Path) -> dict[str, EvalResult]:
+        kept = json.loads(self._evaluation_path(folder).read_text(encoding="utf-8"))
+        return {name: EvalResult.from_dict(value) for name, value in kept.items()}
 
     def _summary(
         self, name: str, folder: StageFolder | None, evaluations: list[dict[str, EvalResult]]
@@ -320,7 +353,16 @@ class Pipeline:
             "metrics": metrics,
         }
 
-    def _write_results(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+    def _write_results(self) -> dict[str, Any]:
+        """Gather what is finished, in order and without gaps, into results.json."""
+        evaluations: list[dict[str, EvalResult]] = []
+        results: list[dict[str, Any]] = []
+        if not isinstance(self.config.base, NewBase):
+            evaluations.append(self._evaluation(self.out / "base"))
+            results.append(self._summary("base", None, evaluations))
+        for folder in itertools.takewhile(self._is_done, self.folders):
+            evaluations.append(self._evaluation(folder.path))
+            results.append(self._summary(folder.stage.name, folder, evaluations))
         everything = {
             "stages": results,
             "meta": {
@@ -332,7 +374,6 @@ class Pipeline:
             },
         }
         write_atomic(self.out / "results.json", json.dumps(everything, indent=1))
-        write_report(everything, self.out / "report.html")
         return everything
 
 

@@ -1,7 +1,7 @@
 """The stages after pre-training on a real model: SmolLM2-135M-Instruct, from its GGUF package."""
 
 from phikit.data.source import ProceduralSource
-from phikit.models.dense import DenseConfig
+from phikit.models.catalogue import SMOLLM2_135M
 from phikit.recipes.config import (
     DPOStage,
     EvaluationConfig,
@@ -20,27 +20,11 @@ from phikit.train.optim import OptimConfig
 from phikit.train.sft import SFTConfig
 
 
-def model() -> DenseConfig:
-    """SmolLM2-135M: a Llama-shaped decoder of 30 layers."""
-    return DenseConfig(
-        layout="llama",
-        vocab_size=49152,
-        d_model=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        d_mlp=1536,
-        max_context=8192,
-        rope_theta=100_000.0,
-    )
-
-
 def smol_reasoner() -> PipelineConfig:
     """Mid-training, SFT, rollout DPO and RL of SmolLM2-135M on two CPU cores; not yet measured."""
     return PipelineConfig(
         name="smol_reasoner",
-        base=PretrainedBase(path="smollm2", model=model()),
+        base=PretrainedBase(path="smollm2", model=SMOLLM2_135M),
         stages=(
             MidStage(
                 name="mid",
@@ -85,7 +69,7 @@ def smol_reasoner() -> PipelineConfig:
             ),
         ),
         evaluation=EvaluationConfig(
-            source=ProceduralSource(count=200), max_new_tokens=160, samples=4
+            source=ProceduralSource(count=100), max_new_tokens=160, samples=4
         ),
     )
 

@@ -18,7 +18,7 @@ from phikit.base.device import Rank
 from phikit.base.types import IGNORE, Batch, Example
 from phikit.data.loader import Loader, LoaderState
 from phikit.data.pack import batch_rows
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 from phikit.nn.attention import CausalAttention
 from phikit.nn.losses import token_log_probs
 from phikit.train.objective import LossOutput, StepData
@@ -77,7 +77,7 @@ def match_rollouts(
     return pairs
 
 
-def sequence_log_probs(model: DenseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def sequence_log_probs(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed log-probability [B] of each row's targets, in nats, and their number [B]."""
     hidden_BTD = model.hidden(
         batch.tokens_BT,
@@ -86,7 +86,10 @@ def sequence_log_probs(model: DenseModel, batch: Batch) -> tuple[Tensor, Tensor]
     )
     learnt = batch.targets_BT != IGNORE
     log_probs_N = token_log_probs(
-        hidden_BTD[learnt], model.lm_head.weight, batch.targets_BT[learnt]
+        hidden_BTD[learnt],
+        model.lm_head.weight,
+        batch.targets_BT[learnt],
+        bias_V=model.logit_bias,
     )
     rows = learnt.nonzero()[:, 0]
     sums = log_probs_N.new_zeros(len(learnt)).index_add(0, rows, log_probs_N)
@@ -94,7 +97,7 @@ def sequence_log_probs(model: DenseModel, batch: Batch) -> tuple[Tensor, Tensor]
 
 
 def add_reference(
-    model: DenseModel, pairs: Sequence[tuple[Example, Example]], *, micro_pairs: int
+    model: Decoder, pairs: Sequence[tuple[Example, Example]], *, micro_pairs: int
 ) -> list[Pair]:
     """Pairs with the log-probabilities that `model`, the fixed reference, gives them."""
     result = []
@@ -136,7 +139,7 @@ class DPOObjective:
     def weight(self, batch: Batch) -> float:
         return len(batch.tokens_BT) / 2
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         sums, counts = sequence_log_probs(model, batch)
         shift = sums - batch.extras["reference"]
         chosen, rejected = shift.chunk(2)

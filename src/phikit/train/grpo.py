@@ -30,7 +30,7 @@ from phikit.data.pack import batch_rows
 from phikit.data.problem import Problem
 from phikit.evals.scorer import Scorer
 from phikit.generate.engine import Engine
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 from phikit.nn.attention import CausalAttention
 from phikit.nn.losses import token_log_probs_and_entropy
 from phikit.solve.plain import SamplingConfig, plain
@@ -165,7 +165,7 @@ class GRPOObjective:
 
     def __init__(
         self,
-        model: DenseModel,
+        model: Decoder,
         renderer: Renderer,
         problems: Sequence[Problem],
         reward: Reward,
@@ -230,14 +230,14 @@ class GRPOObjective:
     def weight(self, batch: Batch) -> float:
         return float((batch.targets_BT != IGNORE).sum())
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         return policy_gradient(
             model, batch, clip_low=self.config.clip_low, clip_high=self.config.clip_high
         )
 
 
 def policy_gradient(
-    model: DenseModel, batch: Batch, *, clip_low: float, clip_high: float
+    model: Decoder, batch: Batch, *, clip_low: float, clip_high: float
 ) -> LossOutput:
     """Clipped surrogate summed over the sampled tokens of the batch.
 
@@ -255,6 +255,7 @@ def policy_gradient(
         hidden_BTD[learnt],
         model.lm_head.weight,
         batch.targets_BT[learnt],
+        bias_V=model.logit_bias,
         temperature=float(extras["temperature"]),
     )
     log_ratio = log_probs_N - extras["old_log_probs_N"]

@@ -7,7 +7,7 @@ from phikit.base.device import Rank
 from phikit.base.types import IGNORE, Batch, Example
 from phikit.data.loader import Loader, LoaderState
 from phikit.data.pack import batch_rows, pack, split_long
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 from phikit.nn.attention import CausalAttention
 from phikit.nn.losses import linear_cross_entropy
 from phikit.train.objective import LossOutput, StepData
@@ -53,11 +53,11 @@ class LMObjective:
     def weight(self, batch: Batch) -> float:
         return float((batch.targets_BT != IGNORE).sum())
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         return cross_entropy(model, batch)
 
 
-def cross_entropy(model: DenseModel, batch: Batch) -> LossOutput:
+def cross_entropy(model: Decoder, batch: Batch) -> LossOutput:
     """Negative log-likelihood of the batch's targets in nats, summed."""
     hidden_BTD = model.hidden(
         batch.tokens_BT,
@@ -65,5 +65,10 @@ def cross_entropy(model: DenseModel, batch: Batch) -> LossOutput:
         attend=CausalAttention(batch.documents_BT, window=model.config.sliding_window),
     )
     learnt = batch.targets_BT != IGNORE
-    nll_N = linear_cross_entropy(hidden_BTD[learnt], model.lm_head.weight, batch.targets_BT[learnt])
+    nll_N = linear_cross_entropy(
+        hidden_BTD[learnt],
+        model.lm_head.weight,
+        batch.targets_BT[learnt],
+        bias_V=model.logit_bias,
+    )
     return LossOutput(nll_N.sum(), {})

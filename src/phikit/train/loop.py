@@ -24,7 +24,7 @@ from phikit.base.errors import Interrupted, NumericsError
 from phikit.base.metrics import Tracker
 from phikit.base.progress import Progress
 from phikit.base.run import Run
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 from phikit.train.objective import Objective
 from phikit.train.optim import OptimConfig, Optimiser
 
@@ -65,7 +65,7 @@ class Totals(NamedTuple):
 
 
 def train(
-    model: DenseModel,
+    model: Decoder,
     objective: Objective,
     config: LoopConfig,
     *,
@@ -115,7 +115,7 @@ def train(
 
 
 def _step(
-    model: DenseModel,
+    model: Decoder,
     objective: Objective,
     optimiser: Optimiser,
     *,

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from phikit.base.types import Batch
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 
 
 class StepData(NamedTuple):
@@ -35,6 +35,6 @@ class Objective(Protocol):
         """The batch's share of the normaliser: its supervised tokens, or its pairs."""
         ...
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         """The loss summed over the batch, not yet normalised."""
         ...

@@ -12,7 +12,7 @@ from phikit.base.errors import DataError
 from phikit.base.types import IGNORE, Batch, Example
 from phikit.data.loader import Loader, LoaderState
 from phikit.data.pack import batch_rows
-from phikit.models.dense import DenseModel
+from phikit.models.decoder import Decoder
 from phikit.train.lm import cross_entropy
 from phikit.train.objective import LossOutput, StepData
 
@@ -60,5 +60,5 @@ class SFTObjective:
     def weight(self, batch: Batch) -> float:
         return float((batch.targets_BT != IGNORE).sum())
 
-    def loss(self, model: DenseModel, batch: Batch) -> LossOutput:
+    def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         return cross_entropy(model, batch)

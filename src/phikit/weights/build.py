@@ -1,22 +1,23 @@
 """A model built around tensors that lie in a file.
 
-The model is made without memory (on the meta device), all names and shapes in the file are compared
-with what it needs, and then one parameter after another is allocated and filled. So the peak is one
-copy of the model plus one tensor, and nothing stays mapped: a checkpoint may be overwritten while
-the model it gave lives on.
+The model is made without memory (on the meta device), all names, shapes and dtypes in the file are
+compared with what it needs, and then one parameter after another is allocated and filled, block by
+block. So the peak is one copy of the model plus a few megabytes, and nothing stays mapped: a
+checkpoint may be overwritten while the model it gave lives on.
 """
 
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from phikit.base.errors import WeightsError
-from phikit.models.dense import DenseConfig, DenseModel, checkpoint_parts
+from phikit.models.decoder import Decoder, DecoderConfig
+from phikit.models.registry import build, checkpoint_parts
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -26,7 +27,21 @@ class TensorSource(Protocol):
 
     where: str
     """The file or folder, for messages."""
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def unreadable(self) -> Mapping[str, str]:
+        """Tensors whose numbers cannot be read as floating point, and the name of what they are."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The numbers of one tensor in row-major order, block by block, each flat.
+
+        A block may take the memory of the one before.
+        """
+        ...
 
     def read(self, name: str) -> Tensor:
         """One tensor, of a floating-point dtype."""
@@ -38,29 +53,32 @@ class TensorSource(Protocol):
 
 
 def build_model(
-    config: DenseConfig, source: TensorSource, *, dtype: torch.dtype | None
-) -> DenseModel:
+    config: DecoderConfig, source: TensorSource, *, dtype: torch.dtype | None
+) -> Decoder:
     """The model with the weights of `source`, on the CPU; `dtype` None keeps the stored one.
 
     Raises:
-        WeightsError: lists every missing, unexpected or misshapen tensor.
+        WeightsError: lists every missing, unexpected, misshapen or unreadable tensor.
     """
     model = _empty_model(config, source)
     is_head_spare = _check(model, source)
     if dtype is None:
         dtype = source.stored_dtype()
-    for key, parameter in list(model.named_parameters()):
-        filled = torch.empty(parameter.shape, dtype=dtype)
+    for key, tensor in list(named_tensors(model)):
+        filled = torch.empty(tensor.shape, dtype=dtype)
         first = 0
-        for name, _ in checkpoint_parts(config, key):
-            part = source.read(name)
-            filled[first : first + len(part)] = part
-            first += len(part)
+        for name, rows in checkpoint_parts(config, key):
+            if rows is None:
+                fill(filled, source.blocks(name))
+            else:
+                fill(as_rows(filled)[first : first + rows], source.blocks(name))
+                first += rows
         module, _, leaf = key.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(filled))
+        made = nn.Parameter(filled) if isinstance(tensor, nn.Parameter) else filled
+        setattr(model.get_submodule(module), leaf, made)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if is_head_spare and not torch.equal(source.read(HEAD).to(dtype), model.lm_head.weight):
+    if is_head_spare and not _equals(model.lm_head.weight, source.blocks(HEAD)):
         raise WeightsError(
             f"{source.where} says that the head is tied to the embeddings, but its {HEAD} differs",
             fix='set "tie_word_embeddings": false in its config.json',
@@ -68,7 +86,36 @@ def build_model(
     return model
 
 
-def _empty_model(config: DenseConfig, source: TensorSource) -> DenseModel:
+def named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of a model: its parameters, a tied head once, then its buffers."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def as_rows(parameter: Tensor) -> Tensor:
+    """A parameter as what checkpoint tensors are stacked in: stacks of matrices become one."""
+    return parameter.flatten(0, -2) if parameter.ndim == 3 else parameter
+
+
+def fill(target: Tensor, blocks: Iterable[Tensor]) -> None:
+    """Copy the numbers of a tensor into a contiguous one of the same size."""
+    flat, start = target.view(-1), 0
+    for block in blocks:
+        flat[start : start + len(block)] = block
+        start += len(block)
+
+
+def _equals(tensor: Tensor, blocks: Iterable[Tensor]) -> bool:
+    """Whether `blocks`, cast to the dtype of `tensor`, hold the same numbers."""
+    flat, start = tensor.detach().view(-1), 0
+    for block in blocks:
+        if not torch.equal(flat[start : start + len(block)], block.to(tensor.dtype)):
+            return False
+        start += len(block)
+    return True
+
+
+def _empty_model(config: DecoderConfig, source: TensorSource) -> Decoder:
     """The model without memory; refuses a damaged config before it can cost time."""
     if config.num_layers > len(source.shapes):
         raise WeightsError(
@@ -78,22 +125,25 @@ def _empty_model(config: DenseConfig, source: TensorSource) -> DenseModel:
         )
     try:
         with torch.device("meta"):
-            return DenseModel(config)
+            return build(config)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes below 0 or beyond 64 bits
         raise WeightsError(f"{source.where}: no model has this config: {error}") from error
 
 
-def _check(model: DenseModel, source: TensorSource) -> bool:
-    """Compare names and shapes; returns whether a tied head is stored all the same."""
+def _check(model: Decoder, source: TensorSource) -> bool:
+    """Compare names, shapes and dtypes; returns whether a tied head is stored all the same."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for key, parameter in model.named_parameters():
+    for key, tensor in named_tensors(model):
         for name, rows in checkpoint_parts(model.config, key):
-            wanted[name] = (rows or parameter.shape[0], *parameter.shape[1:])
+            shape = tuple(tensor.shape)
+            wanted[name] = shape if rows is None else (rows, *as_rows(tensor).shape[1:])
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
     found = {n: s for n, s in source.shapes.items() if not n.endswith("rotary_emb.inv_freq")}
-    is_head_spare = model.config.tie_embeddings and found.pop(HEAD, None) is not None
+    is_head_spare = model.config.tie_embeddings and HEAD in found
+    if is_head_spare:
+        wanted[HEAD] = tuple(model.lm_head.weight.shape)
 
-    faults = mismatches(found, wanted)
+    faults = mismatches(found, wanted, unreadable=source.unreadable)
     if faults:
         raise WeightsError(
             f"{source.where} does not fit the model its config describes:"
@@ -104,9 +154,18 @@ def _check(model: DenseModel, source: TensorSource) -> bool:
 
 
 def mismatches(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    unreadable: Mapping[str, str],
 ) -> list[str]:
-    """One line for every missing, unexpected or misshapen tensor, layers taken together."""
+    """One line for every tensor missing, unexpected, misshapen or unreadable, layers together.
+
+    Args:
+        found: name to shape, in the file.
+        wanted: name to shape, in the model.
+        unreadable: those in the file that hold no floating-point numbers, and what they hold.
+    """
     missing = _by_layer(name for name in wanted if name not in found)
     unexpected = _by_layer(name for name in found if name not in wanted)
     faults = []
@@ -123,6 +182,13 @@ def mismatches(
     for (is_shape, should), names in shapes.items():
         for name in _by_layer(names).values():
             faults.append(f"{name} has shape {list(is_shape)}, expected {list(should)}")
+    kinds = defaultdict(list)
+    for name, kind in unreadable.items():
+        if name in found and name in wanted:
+            kinds[kind].append(name)
+    for kind, names in kinds.items():
+        for name in _by_layer(names).values():
+            faults.append(f"{name} is kept as {kind}, which cannot be read as floating point")
     return faults
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
-from phikit.base.errors import ChatError, MissingExtraError, WeightsError
+from phikit.base.errors import MissingExtraError, WeightsError
 from phikit.chat.recognise import renderer_from_template
 from phikit.chat.render import Renderer, renderer_for
+from phikit.chat.text import TextRenderer
 from phikit.chat.tokenizer import Tokenizer
-from phikit.models.dense import DenseConfig, DenseModel, from_hf_config
+from phikit.models.decoder import Decoder, DecoderConfig
+from phikit.models.registry import config_from_hf
 from phikit.weights.build import build_model
+from phikit.weights.gguf import RENDERER_KEY as GGUF_RENDERER_KEY
 from phikit.weights.gguf import GGUFFile
-from phikit.weights.safetensors_files import open_folder
+from phikit.weights.multimodal import open_checkpoint, with_adapters
 
 SMOLLM2 = "smollm2"
 RENDERER_KEY = "phikit_renderer"
@@ -25,14 +28,14 @@ RENDERER_KEY = "phikit_renderer"
 class Loaded:
     """A model that can be talked to."""
 
-    model: DenseModel
+    model: Decoder
     tokenizer: Tokenizer
     renderer: Renderer
     path: Path | None = None
     """Where it was loaded from; None for a model made here."""
 
     @property
-    def config(self) -> DenseConfig:
+    def config(self) -> DecoderConfig:
         return self.model.config
 
 
@@ -54,19 +57,9 @@ def load(
         ChatError: there is no tokenizer, or no renderer fits it.
         MissingExtraError: reading this needs a package that is not installed.
     """
-    where = _smollm2_file() if path == SMOLLM2 else Path(path)
-    if where.is_dir():
-        loaded = _load_folder(where, dtype=dtype, renderer=renderer)
-    elif not where.exists():
-        raise WeightsError(
-            f"{where} does not exist",
-            fix=f'give a model folder, a .gguf file or "{SMOLLM2}"; a published model is fetched '
-            "first, with: hf download NAME --local-dir FOLDER",
-        )
-    elif where.suffix == ".gguf":
-        loaded = _load_gguf(where, dtype=dtype, renderer=renderer)
-    else:
-        raise WeightsError(f"{where} is a file", fix="give the folder that it lies in")
+    where = find(path)
+    read = _load_folder if where.is_dir() else _load_gguf
+    loaded = read(where, dtype=dtype, renderer=renderer)
     rows = loaded.config.vocab_size
     if loaded.tokenizer.size > rows:
         raise WeightsError(
@@ -77,52 +70,104 @@ def load(
     return loaded
 
 
-def _load_folder(folder: Path, *, dtype: torch.dtype | None, renderer: str | None) -> Loaded:
+def find(path: str | Path) -> Path:
+    """The folder or the `.gguf` file that a path, or the word "smollm2", stands for.
+
+    Raises:
+        WeightsError: there is nothing, or a file of another kind.
+        MissingExtraError: the package with the weights is not installed.
+    """
+    where = _smollm2_file() if path == SMOLLM2 else Path(path)
+    if not where.exists():
+        raise WeightsError(
+            f"{where} does not exist",
+            fix=f'give a model folder, a .gguf file or "{SMOLLM2}"; a published model is fetched '
+            "first, with: phikit pull OWNER/NAME",
+        )
+    if not where.is_dir() and where.suffix != ".gguf":
+        raise WeightsError(f"{where} is a file", fix="give the folder that it lies in")
+    return where
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The architecture that the `config.json` of a model folder describes.
+
+    Raises:
+        WeightsError: the file is absent or damaged.
+        ConfigError: the model is of another family.
+    """
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     if values is None and (folder / "adapter_config.json").is_file():
         raise WeightsError(
-            f"{folder} holds an adapter, not a model", fix="load its base, then load_adapter"
+            f"{folder} holds an adapter, not a model",
+            fix="join it with its base: phikit merge BASE ADAPTER OUT",
         )
     if values is None:
         raise WeightsError(f"{path} does not exist", fix="point at a model folder")
     try:
-        config = from_hf_config(values)
+        return config_from_hf(with_adapters(folder, values))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{path} does not describe a model: {error!r}") from error
-    with open_folder(folder) as source:
-        model = build_model(config, source, dtype=dtype)
-    tokenizer = Tokenizer.load(folder)
-    about = _read_json(folder / "tokenizer_config.json") or {}
+
+
+def folder_renderer(folder: Path, tokenizer: Tokenizer, *, name: str | None = None) -> Renderer:
+    """The renderer of a model folder: by name if there is one, else by its chat template.
+
+    Without a template it is a `TextRenderer`. Raises ChatError if a template cannot be used.
+    """
+    about = read_json(folder / "tokenizer_config.json") or {}
     template = folder / "chat_template.jinja"
     text = template.read_text("utf-8") if template.is_file() else about.get("chat_template")
-    chosen = _renderer(tokenizer, renderer or about.get(RENDERER_KEY), text, where=folder)
-    return Loaded(model, tokenizer, chosen, folder)
+    given = {token: _token_text(about.get(token)) for token in ("bos_token", "eos_token")}
+    return _renderer(tokenizer, name or about.get(RENDERER_KEY), text, **given)
+
+
+def gguf_renderer(source: GGUFFile, tokenizer: Tokenizer, *, name: str | None = None) -> Renderer:
+    """`folder_renderer`, for a GGUF file."""
+    template = source.metadata.get("tokenizer.chat_template")
+    chosen = name or source.metadata.get(GGUF_RENDERER_KEY)
+    return _renderer(tokenizer, chosen, template)
+
+
+def _load_folder(folder: Path, *, dtype: torch.dtype | None, renderer: str | None) -> Loaded:
+    config = read_config(folder)
+    with open_checkpoint(folder, config) as source:
+        model = build_model(config, source, dtype=dtype)
+    tokenizer = Tokenizer.load(folder)
+    return Loaded(model, tokenizer, folder_renderer(folder, tokenizer, name=renderer), folder)
 
 
 def _load_gguf(path: Path, *, dtype: torch.dtype | None, renderer: str | None) -> Loaded:
     source = GGUFFile(path)
     model = build_model(source.config, source, dtype=dtype)
     tokenizer = source.tokenizer()
-    template = source.metadata.get("tokenizer.chat_template")
-    return Loaded(model, tokenizer, _renderer(tokenizer, renderer, template, where=path), path)
+    return Loaded(model, tokenizer, gguf_renderer(source, tokenizer, name=renderer), path)
 
 
-def _renderer(tokenizer: Tokenizer, name: Any, template: Any, *, where: Path) -> Renderer:
-    """By name if there is one, else by the chat template."""
-    if isinstance(name, str):
-        return renderer_for(tokenizer, name)
+def _token_text(value: Any) -> str:
+    """A token of `tokenizer_config.json`: text, an object around the text, or null."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
+
+
+def _renderer(tokenizer: Tokenizer, name: Any, template: Any, **given: str) -> Renderer:
     if not isinstance(template, str):
-        raise ChatError(f"{where} has no chat template", fix="name the renderer to use")
-    return renderer_from_template(tokenizer, template)
+        template = None
+    if isinstance(name, str):
+        return renderer_for(tokenizer, name, template=template)
+    if template is None:
+        return TextRenderer(tokenizer, end=given.get("eos_token", ""))
+    return renderer_from_template(tokenizer, template, **given)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file."""
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no JSON object")

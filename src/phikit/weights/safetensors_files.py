@@ -1,26 +1,54 @@
-"""Tensors of a Hugging Face folder: `model.safetensors`, whole or in shards with an index.
+"""safetensors: the tensors of a Hugging Face folder, in one file or in shards with an index.
 
-safetensors holds numbers and nothing that runs. Pickled checkpoints (`pytorch_model.bin`) can run
-code when opened, so they are recognised and refused, whatever name they bear.
+A file is a length in 8 bytes, a JSON header, then plain numbers: nothing in it runs. It is read and
+written here, not by the `safetensors` package: that maps files into memory, and the pages of a
+mapped file count as the process's own until it is closed, so loading took twice the model's bytes;
+its writer wants every tensor of a file at once. Reads go through one small block instead. Whatever
+the header says is checked against the file before it is used.
+
+Pickled checkpoints (`pytorch_model.bin`) can run code when opened, so they are recognised and
+refused, whatever name they bear.
+
+Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
+import math
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phikit.base.errors import WeightsError
-from phikit.weights.build import EMBEDDING
+from phikit.base.files import read_exactly, replacing
+from phikit.weights.build import EMBEDDING, fill
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F32", "BF16", "F16", "F64")
+BLOCK_BYTES = 4 << 20
+"""Read at once; larger blocks are no faster (they leave the processor's cache)."""
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+_MAX_DIMENSIONS = 64  # that of torch
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies: the bytes from `start` to `stop` of its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class SafetensorsFiles:
@@ -36,33 +64,57 @@ class SafetensorsFiles:
 
     def __init__(self, where: Path, files: Mapping[Path, set[str] | None]) -> None:
         self.where = str(where)
-        self._handles: list[Any] = []
-        self._handle_of: dict[str, Any] = {}
-        for path, names in files.items():
-            handle = _open(path)
-            self._handles.append(handle)
-            found = [n for n in handle.keys() if names is None or n in names]  # noqa: SIM118
-            self._handle_of |= dict.fromkeys(found, handle)
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: self._shape(name) for name in self._handle_of
+        self._files: list[FileIO] = []
+        self._entries: dict[str, tuple[FileIO, _Entry]] = {}
+        try:
+            for path, names in files.items():
+                file = _open(path)
+                self._files.append(file)
+                for name, entry in _read_header(file, path).items():
+                    if names is None or name in names:
+                        self._entries[name] = file, entry
+        except BaseException:
+            self.close()
+            raise
+        self.shapes = {name: entry.shape for name, (_, entry) in self._entries.items()}
+        self.unreadable = {
+            name: entry.dtype
+            for name, (_, entry) in self._entries.items()
+            if entry.dtype not in _DTYPES
         }
+        self._block = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        part = self._handle_of[name].get_slice(name)
-        if part.get_dtype() not in _FLOATS:
-            raise WeightsError(
-                f"{self.where} keeps {name} as {part.get_dtype()}; known are {', '.join(_FLOATS)}",
-                fix="convert the checkpoint to bfloat16",
-            )
-        return tuple(part.get_shape())
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The numbers of one tensor in row-major order, block by block, each flat.
+
+        The next block, of whatever tensor, takes the memory of the one before.
+        """
+        file, entry = self._entries[name]
+        for start in range(entry.start, entry.stop, BLOCK_BYTES):
+            block = self._block[: min(BLOCK_BYTES, entry.stop - start)]
+            try:
+                file.seek(start)
+                read_exactly(file, block.numpy().data)
+            except (OSError, EOFError) as error:
+                raise WeightsError(f"{file.name} cannot be read: {error}") from error
+            yield block.view(_DTYPES[entry.dtype])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as a view of the mapped file: copy what is to outlive the file."""
-        return self._handle_of[name].get_tensor(name)
+        """One tensor, in memory of its own."""
+        _, entry = self._entries[name]
+        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        fill(tensor, self.blocks(name))
+        return tensor
 
     def stored_dtype(self) -> torch.dtype:
-        """That of the embeddings."""
-        return self.read(EMBEDDING).dtype
+        """That of the embeddings; WeightsError if there are none."""
+        if EMBEDDING not in self._entries or EMBEDDING in self.unreadable:
+            raise WeightsError(f"{self.where} has no {EMBEDDING} in floating point")
+        return _DTYPES[self._entries[EMBEDDING][1].dtype]
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +125,7 @@ class SafetensorsFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.__exit__(kind, error, trace)
+        self.close()
 
 
 def open_file(path: Path) -> SafetensorsFiles:
@@ -99,16 +150,45 @@ def open_folder(folder: Path) -> SafetensorsFiles:
     return SafetensorsFiles(folder, names_in)
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write one file under another name, then rename it; `dtype` None keeps that of each tensor.
+
+    Copies one tensor at a time, and none that is contiguous, on the CPU and of the right dtype.
+
+    Raises:
+        StorageError: the disk is full or the folder may not be written.
+    """
+    # Widest numbers first: then every tensor starts at a multiple of its numbers' size.
+    ordered = sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in ordered:
+        kept = dtype or tensor.dtype
+        stop = start + tensor.numel() * kept.itemsize
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _CODES[kept], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            flat = tensor.detach().to("cpu", dtype or tensor.dtype).reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index, tensor to file; every file lies in the index's own folder."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = dict(weight_map)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path} is not an index of weights: {error!r}") from error
     for file in files.values():
         # Lexical on purpose: in a hub cache the files inside are links to elsewhere.
-        inside = isinstance(file, str) and file not in ("", ".", "..")
+        inside = isinstance(file, str) and file not in ("", ".", "..") and "\0" not in file
         if not inside or file != PurePosixPath(file).name or file != PureWindowsPath(file).name:
             raise WeightsError(
                 f"{path} points outside of its folder: {file!r}",
@@ -117,8 +197,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _open(path: Path) -> Any:
-    """A `safe_open` handle, after a look at the first bytes for what it is not."""
+def _open(path: Path) -> FileIO:
     if not path.is_file():
         pickles = sorted(p.name for p in path.parent.glob("*.bin"))
         if pickles:
@@ -128,19 +207,63 @@ def _open(path: Path) -> Any:
             )
         raise WeightsError(f"{path} does not exist", fix="point at a folder with safetensors")
     try:
-        _check_start(path)
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{path} is damaged or cut short: {error}", fix="copy or download it again"
-        ) from error
+        return FileIO(path)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
-def _check_start(path: Path) -> None:
-    with path.open("rb") as file:
-        start, size = file.read(8), os.fstat(file.fileno()).st_size
+def _read_header(file: FileIO, path: Path) -> dict[str, _Entry]:
+    """The tensors of a file; they lie one behind the other, from the header to the end."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    _refuse_other_formats(start, path)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise _damaged(path, f"its header is longer than its {size} bytes")
+    if length > _MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header claims {length} bytes")
+    try:
+        text = file.read(length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_without_doubles)
+        del header["__metadata__"]
+    except KeyError:
+        pass
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON: {error}") from error
+    entries = {name: _entry(name, about, 8 + length, path) for name, about in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            raise _damaged(path, f"{name} starts at byte {entry.start}, expected at {end}")
+        end = entry.stop
+    if end != size:
+        raise _damaged(path, f"its tensors end at byte {end} of {size}")
+    return entries
+
+
+def _entry(name: str, about: Any, data_start: int, path: Path) -> _Entry:
+    try:
+        dtype, shape, (start, stop) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"its header does not say where {name} lies") from error
+    sizes_are_sound = len(shape) <= _MAX_DIMENSIONS and all(
+        type(size) is int and 0 <= size < 1 << 63 for size in (*shape, start, stop)
+    )
+    if not sizes_are_sound or start > stop or not isinstance(dtype, str):
+        raise _damaged(path, f"{name} is said to be {dtype!r} in bytes {start} to {stop}")
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != stop - start:
+        raise _damaged(path, f"{name} has {stop - start} bytes for {dtype} {list(shape)}")
+    return _Entry(dtype, shape, data_start + start, data_start + stop)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands twice")
+    return values
+
+
+def _refuse_other_formats(start: bytes, path: Path) -> None:
     if start.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise WeightsError(
             f"{path} is a pickle under the name of safetensors, and a pickle can run code",
@@ -150,8 +273,7 @@ def _check_start(path: Path) -> None:
         raise WeightsError(
             f"{path} is a git-lfs pointer, not the file itself", fix="run: git lfs pull"
         )
-    if len(start) < 8 or struct.unpack("<Q", start)[0] > size - 8:
-        raise WeightsError(
-            f"{path} is damaged or cut short: its header is longer than its {size} bytes",
-            fix="copy or download it again",
-        )
+
+
+def _damaged(path: Path, what: str) -> WeightsError:
+    return WeightsError(f"{path} is damaged or cut short: {what}", fix="copy or download it again")

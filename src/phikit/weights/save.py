@@ -1,46 +1,64 @@
 """Save a model as the folder that Hugging Face libraries read.
 
 Nothing in it is ours alone: `transformers` loads the same weights, ids and chat template. The one
-addition is the renderer's name in `tokenizer_config.json`, which others ignore.
+addition is the renderer's name in `tokenizer_config.json`, which others ignore. The weights are
+written tensor by tensor from where they lie, so saving needs no second copy of the model.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from phikit.base.errors import WeightsError
 from phikit.base.files import storage_errors, write_atomic
-from phikit.models.dense import DenseModel, checkpoint_parts, to_hf_config
-from phikit.nn.lora import LoRALinear
+from phikit.models.decoder import Decoder
+from phikit.models.multimodal import SPEECH, VISION, MultimodalModel, adapter_folder, is_beside
+from phikit.models.registry import checkpoint_parts, config_to_hf
+from phikit.nn.lora import LoRALinear, route_of
+from phikit.weights.adapter import save_adapter
+from phikit.weights.build import as_rows, named_tensors
 from phikit.weights.load import RENDERER_KEY, Loaded
-from phikit.weights.safetensors_files import SINGLE
+from phikit.weights.safetensors_files import INDEX, SINGLE, write_tensors
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""The size at which Hugging Face libraries begin another file."""
 
 
-def save(folder: str | Path, loaded: Loaded, *, dtype: torch.dtype | None = None) -> None:
-    """Write config, weights, tokenizer and chat template; `dtype` None keeps that of the weights.
+def save(
+    folder: str | Path,
+    loaded: Loaded,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Write config, weights, tokenizer and chat template; Phi-4-multimodal's adapters beside them.
 
     Every file replaces its older self at once. For all of them at once, write into a checkpoint's
     temporary folder (`base.checkpoint.save_checkpoint`).
 
+    Args:
+        folder: made if need be.
+        loaded: the model and what it is talked to through.
+        dtype: of the weights in the files; None keeps the one they have.
+        max_shard_bytes: the tensors of one file; a single tensor may exceed it.
+
     Raises:
-        WeightsError: adapters are attached to the model.
+        WeightsError: adapters are attached to the model, other than the two that it is read with.
         StorageError: the disk is full or the folder may not be written.
     """
     folder, model, renderer = Path(folder), loaded.model, loaded.renderer
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise WeightsError(
-            "the model has adapters attached, and a model folder holds plain weights",
-            fix="merge them (nn.lora.merge_lora), or save them alone (weights.save_adapter)",
-        )
+    adapters = route_of(model).names
+    if not (isinstance(model, MultimodalModel) and {*adapters} <= {VISION, SPEECH}):
+        refuse_adapters(model)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.lm_head.weight.dtype
     end_of_text = renderer.stop_ids[-1]
-    config = to_hf_config(model.config) | {
+    config = config_to_hf(model.config) | {
         "dtype": str(dtype).removeprefix("torch."),
         # transformers fills absent ids with those of its own default model, which may lie beyond
         # this vocabulary; and a padding id in here would freeze one embedding in training.
@@ -60,41 +78,70 @@ def save(folder: str | Path, loaded: Loaded, *, dtype: torch.dtype | None = None
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     write_json(folder / "tokenizer_config.json", about)
-    write_atomic(folder / "chat_template.jinja", renderer.template)
+    if renderer.template:
+        write_atomic(folder / "chat_template.jinja", renderer.template)
     loaded.tokenizer.save(folder)
-    write_tensors(folder / SINGLE, checkpoint_tensors(model, dtype=dtype))
+    tensors = {n: t for n, t in checkpoint_tensors(model).items() if not is_beside(n)}
+    _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes)
+    for name in adapters:
+        save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
 
 
-def checkpoint_tensors(model: DenseModel, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights under the names of the model's Hugging Face family; a tied head is absent."""
+def refuse_adapters(model: Decoder) -> None:
+    """Raise WeightsError if adapters are attached: files of whole models hold plain weights."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise WeightsError(
+            "the model has adapters attached, and a model file holds plain weights",
+            fix="merge them (nn.lora.merge_lora), or save them alone (weights.save_adapter)",
+        )
+
+
+def checkpoint_tensors(model: Decoder, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights under the names of the model's Hugging Face family; a tied head is absent.
+
+    With `dtype` None they are views of the model's own memory; otherwise copies if need be.
+    """
     tensors = {}
-    for key, parameter in model.named_parameters():
-        weight = parameter.detach().to("cpu", dtype)
-        parts = checkpoint_parts(model.config, key)
-        sizes = [rows or len(weight) for _, rows in parts]
-        for (name, _), part in zip(parts, weight.split(sizes), strict=True):
-            # safetensors refuses tensors that share memory.
-            tensors[name] = part.contiguous() if len(parts) == 1 else part.clone()
+    for key, tensor in named_tensors(model):
+        weight = tensor.detach().to(dtype=dtype or tensor.dtype)
+        first = 0
+        for name, rows in checkpoint_parts(model.config, key):
+            if rows is None:
+                tensors[name] = weight
+            else:
+                tensors[name] = as_rows(weight)[first : first + rows]
+                first += rows
     return tensors
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file under another name, then rename it.
-
-    Raises:
-        StorageError: the disk is full or the folder may not be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storage_errors(path):
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors makes a file that its owner alone reads
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            temporary.chmod(mode)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, max_bytes: float
+) -> None:
+    """Write one file, or several with an index; then remove those of an older save."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = tensor
+        room -= size
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard, dtype=dtype)
+    if count > 1:
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        names.append(INDEX)
+    with storage_errors(folder):
+        for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+            if old.name not in names:
+                old.unlink(missing_ok=True)
 
 
 def _name(loaded: Loaded, id_: int) -> str:

@@ -1,8 +1,10 @@
 import pytest
 
 from phikit.base.errors import ChatError
+from phikit.chat.chatml import SMOLLM2_SYSTEM, ChatMLRenderer
 from phikit.chat.message import Message
-from phikit.chat.render import SMOLLM2_SYSTEM, ChatMLRenderer, PhiRenderer, renderer_for
+from phikit.chat.phi import PhiRenderer
+from phikit.chat.render import renderer_for
 from phikit.chat.tokenizer import Tokenizer
 
 ASK = Message("user", "What is 1 + 2?")
@@ -80,5 +82,5 @@ def test_conversations_that_make_no_sense(nano_tokenizer: Tokenizer, chatml_toke
 def test_renderer_for_refuses_misfits(nano_tokenizer: Tokenizer):
     with pytest.raises(ChatError, match="unknown renderer 'phi5'"):
         renderer_for(nano_tokenizer, "phi5")
-    with pytest.raises(ChatError, match=r"no special token '<\|im_end\|>'"):
+    with pytest.raises(ChatError, match=r"no special token '<\|im_start\|>'"):
         renderer_for(nano_tokenizer, "smollm2")

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.chat.vocabularies import PROSE, llama_bpe, random_texts, real_json, small
 
 from phikit.base.errors import ChatError, DataError
 from phikit.chat.render import NANO_SPECIALS
@@ -133,3 +135,65 @@ def test_from_parts_rebuilds_a_tokenizer(split):
 def test_from_parts_refuses_an_unknown_split():
     with pytest.raises(ChatError, match="unknown pre-tokenizer 'llama'"):
         Tokenizer.from_parts(["a"], merges=[], special_ids=[], split="llama")  # pyright: ignore
+
+
+def assert_llama(ours: Tokenizer, theirs: tokenizers.Tokenizer, count: int) -> None:
+    """Ids as the library gives them, and every text back; U+2581 is the spelling of a space."""
+    theirs.encode_special_tokens = True
+    for text in random_texts(random.Random(0), count):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text.replace("\u2581", " ")
+
+
+def test_llama_bpe():
+    specials = ["<|end|>", "<think>"]
+    ours = Tokenizer(llama_bpe(PROSE, specials=specials, rstrip=True))
+    assert_llama(ours, llama_bpe(PROSE, specials=specials, rstrip=True), 2_000)
+    assert ours.byte_ids == frozenset(range(3, 259))
+    assert not set(ours.encode("<s></s><unk><|end|><think><0x0A>")) & set(ours.specials.values())
+
+
+def test_llama_bpe_on_its_real_vocabulary():
+    path = real_json("llama_bpe")
+    ours = Tokenizer.load(path.parent)
+    assert_llama(ours, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), 10_000)
+    assert ours.size == 32_000
+    assert not set(ours.encode("<s></s><unk>")) & set(ours.specials.values())
+
+
+@given(ids=st.lists(st.integers(0, 420), max_size=30))
+def test_stream_decoder_equals_decode_with_byte_pieces(ids: list[int]):
+    tokenizer = small("phi3")
+    decoder = tokenizer.decoder()
+    pieces = [decoder.push(id_) for id_ in ids]
+    assert "".join([*pieces, decoder.flush()]) == tokenizer.decode(ids)
+
+
+@given(text=TEXT)
+def test_the_stream_of_a_text_is_the_text(text: str):
+    for tokenizer in (small("phi3"), small("phi4-mini")):
+        decoder = tokenizer.decoder()
+        pieces = [decoder.push(id_) for id_ in tokenizer.encode(text)]
+        assert "".join([*pieces, decoder.flush()]) == text.replace("\u2581", " ") or (
+            tokenizer is small("phi4-mini") and "".join(pieces) == text
+        )
+
+
+def test_special_tokens_swallow_white_space_where_their_entry_says_so():
+    tokenizer = small("phi4")
+    start, end = tokenizer.special("<|im_start|>"), tokenizer.special("<|im_end|>")
+    parts = ["a ", start, "\u3000 b", " c\n", end, " \t", start]
+    assert tokenizer.stretches(parts) == ["a", start, "b c", end, start]
+    # U+001C is white space to Python, and not to the tokenizers library.
+    assert tokenizer.stretches([start, "\x1c"]) == [start, "\x1c"]
+    assert tokenizer.mark("a<|im_end|>b") == ["a", end, "b"]
+
+
+def test_encode_after_never_changes_what_stands_before(nano_tokenizer: Tokenizer):
+    alone = nano_tokenizer.encode("\n\nx")
+    assert nano_tokenizer.encode_after("assistant\n", "\n\nx") == alone
+    assert nano_tokenizer.decode_after("assistant\n", alone) == "\n\nx"
+    tokenizer = Tokenizer(llama_bpe(PROSE, specials=[], rstrip=False))
+    ids = tokenizer.encode_after("\n", " x")
+    assert tokenizer.decode_after("\n", ids) == " x"

@@ -32,14 +32,6 @@ def test_an_empty_prompt(engine: Engine):
         engine.generate([Request([], max_new_tokens=1)])
 
 
-def test_longrope_does_not_cross_its_original_context(tiny_model):
-    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_context": 20}
-    engine = Engine(tiny_model(longrope=factors))
-    engine.generate([Request([1] * 15, max_new_tokens=5), Request([1] * 21, max_new_tokens=50)])
-    with pytest.raises(ContextOverflowError, match="= 21, and .* is 20"):
-        engine.generate([Request([1] * 15, max_new_tokens=6)])
-
-
 def test_no_requests(engine: Engine):
     assert engine.generate([]) == []
 

@@ -9,9 +9,9 @@ from phikit.models.dense import (
     DenseModel,
     checkpoint_parts,
     from_hf_config,
-    parameter_count,
     to_hf_config,
 )
+from phikit.models.registry import config_from_hf, parameter_count
 
 PHI4_MINI = {
     "model_type": "phi3",
@@ -48,7 +48,7 @@ def test_phi4_mini():
         {},
         {"tie_embeddings": False, "sliding_window": 9},
         {"layout": "llama", "partial_rotary": 1.0},
-        {"longrope": {"short_factor": [1.0], "long_factor": [2.0], "original_context": 8}},
+        {"longrope": {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_context": 8}},
     ],
 )
 def test_hf_config_round_trip(tiny_model, changes):
@@ -59,7 +59,8 @@ def test_hf_config_round_trip(tiny_model, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "phimoe"}, "'phimoe'.*\n.*Phi-3"),
+        ({"model_type": "gpt2"}, "'gpt2'; known are .*llama"),
+        ({"attention_bais": True}, "attention_bais = True; nearest is attention_bias"),
         ({"attention_bias": True}, "biases"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
@@ -67,7 +68,21 @@ def test_hf_config_round_trip(tiny_model, changes):
 )
 def test_what_we_do_not_run_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        from_hf_config(PHI4_MINI | changes)
+        config_from_hf(PHI4_MINI | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 5}, "num_heads 24 is no multiple of num_kv_heads 5"),
+        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"partial_rotary_factor": 0.01}, "odd"),
+        ({"partial_rotary_factor": 0.5}, r"factors have \[48\] entries"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(PHI4_MINI | changes)
 
 
 def test_older_configs():

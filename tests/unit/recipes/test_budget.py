@@ -51,7 +51,11 @@ def test_rollouts_count_prompts_groups_and_prompt_selection():
 
 
 def test_what_only_the_data_can_tell_is_unknown():
-    costs = budget(PIPELINES["phi4_mini_reasoning"]().override(["stages.mid.source.count=null"]))
+    costs = budget(
+        PIPELINES["phi4_mini_reasoning"]().override(
+            ["stages.mid.source.count=null", "evaluation.source.count=null"]
+        )
+    )
     assert costs.stages[0].trained_tokens.value is None
     assert costs.evaluation_tokens.value is None
 

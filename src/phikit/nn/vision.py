@@ -1,0 +1,299 @@
+"""The image side of Phi-4-multimodal: a SigLIP tower over crops, and the way into the decoder.
+
+What is unusual in it:
+
+- The feature of a patch is the output of layer 26 of 27. The last layer, `post_layernorm` and the
+  pooling `head` are in every checkpoint and never run; they are modules here so that checkpoints
+  load and save whole.
+- Positions follow NaViT: however many rows and columns of a crop show the picture, they are spread
+  over the whole position table.
+- Attention is bidirectional. Patches that show only padding are hidden as keys and still get
+  features, because average pooling may join such a patch with a visible one.
+- An image is a sequence in the order the checkpoint calls `sub_glb`: its crops stitched into one
+  map, a separator, then the whole picture seen as one crop; a learnt vector ends every row.
+
+Shape suffixes beside the common ones: M crops, C channels, H and W pixels, P patches along one side
+of a crop, Q the same after pooling (P / 2); T is the P x P patches of a crop, row by row.
+
+Parameter names are those of `Phi4MultimodalImageEmbedding` in transformers. Sources: SigLIP
+(arXiv 2303.15343), NaViT (2307.06304), dynamic HD in InternLM-XComposer2-4KHD (2404.06512),
+Phi-4-Mini technical report (2503.01743) section 2.2.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from phikit.base.config import Config
+
+CROPS_PER_PASS = 16
+"""Crops the tower takes at once (16,384 patches): enough for a GPU, and it bounds the memory."""
+
+
+class VisionConfig(Config):
+    """Architecture of the tower; the defaults are Phi-4-multimodal's."""
+
+    d_model: PositiveInt = 1152
+    d_mlp: PositiveInt = 4304
+    num_layers: PositiveInt = 27
+    num_heads: PositiveInt = 16
+    patch_size: PositiveInt = 14
+    """Side of a patch in pixels."""
+    crop_size: PositiveInt = 448
+    """Side of a crop in pixels."""
+    positions_per_side: PositiveInt = 32
+    """Rows, and columns, of the position table."""
+    norm_eps: PositiveFloat = 1e-6
+    feature_layer: PositiveInt = 26
+    """The layer, counted from 1, whose output is used; transformers writes 26 of 27 as -2."""
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.crop_size // self.patch_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.crop_size % (2 * self.patch_size):
+            raise ValueError(
+                f"crop_size {self.crop_size} is no even number of patches of {self.patch_size}"
+            )
+        if self.d_model % self.num_heads:
+            raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
+        if self.feature_layer > self.num_layers:
+            raise ValueError(
+                f"feature_layer {self.feature_layer} is beyond num_layers {self.num_layers}"
+            )
+        return self
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches as vectors, plus where in the picture they are."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.positions_per_side = config.positions_per_side
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.d_model, kernel_size=patch, stride=patch)
+        # Zeros until a checkpoint or a draw fills them, as in `phikit.models.decoder.Trunk`.
+        table = torch.zeros(config.positions_per_side**2, config.d_model)
+        self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+
+    def forward(self, pixels_MCHW: Tensor, mask_MPP: Tensor) -> Tensor:
+        patches_MTD = self.patch_embedding(pixels_MCHW).flatten(2).transpose(1, 2)
+        positions_MT = position_ids(mask_MPP, side=self.positions_per_side)
+        return patches_MTD + self.position_embedding(positions_MT)
+
+
+def position_ids(mask_MPP: Tensor, *, side: int) -> Tensor:
+    """Each patch's entry in a position table of `side` rows and columns, [M, P * P].
+
+    Row i of n visible ones takes table row floor(side * i / n), which is what the reference finds
+    by sorting i / n into buckets of width 1 / side; columns likewise. The visible patches form a
+    rectangle at the top left; the others take entry 0.
+    """
+    index_P = torch.arange(mask_MPP.shape[1], device=mask_MPP.device)
+    rows_M = mask_MPP[:, :, 0].sum(1).clamp(min=1)
+    columns_M = mask_MPP[:, 0, :].sum(1).clamp(min=1)
+    row_MP = index_P * side // rows_M[:, None]
+    column_MP = index_P * side // columns_M[:, None]
+    ids_MPP = row_MP[:, :, None] * side + column_MP[:, None, :]
+    return ids_MPP.where(mask_MPP, 0).flatten(1)
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional multi-head attention with biases and without rotary positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x_MTD: Tensor, visible_MT: Tensor | None) -> Tensor:
+        q, k, v = (
+            project(x_MTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        keys = None if visible_MT is None else visible_MT[:, None, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, config.d_mlp)
+        self.fc2 = nn.Linear(config.d_mlp, config.d_model)
+
+    def forward(self, x_MTD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_MTD), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x_MTD: Tensor, visible_MT: Tensor | None) -> Tensor:
+        x_MTD = x_MTD + self.self_attn(self.layer_norm1(x_MTD), visible_MT)
+        return x_MTD + self.mlp(self.layer_norm2(x_MTD))
+
+
+class VisionEncoder(nn.Module):
+    """All layers of the checkpoint, run up to the one whose output is the feature."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.feature_layer = config.feature_layer
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+
+    def forward(self, x_MTD: Tensor, visible_MT: Tensor | None) -> Tensor:
+        for layer in self.layers[: self.feature_layer]:
+            x_MTD = layer(x_MTD, visible_MT)
+        return x_MTD
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's attention pooling: parameters of the checkpoint that Phi-4-multimodal never runs."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, config.d_model))
+        self.attention = nn.MultiheadAttention(config.d_model, config.num_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = VisionMLP(config)
+
+
+class VisionTower(nn.Module):
+    """SigLIP-so400m/14: crops of pixels in, one feature a patch out."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)  # never run
+        self.head = PoolingHead(config)  # never run
+
+    def forward(self, pixels_MCHW: Tensor, mask_MPP: Tensor) -> Tensor:
+        """Features of all patches, [M, P * P, D], hidden patches included.
+
+        Args:
+            pixels_MCHW: normalised to -1..1, `crop_size` pixels a side.
+            mask_MPP: bool; True where a patch shows some of the picture. The True ones form a
+                rectangle at the top left of each crop.
+        """
+        visible_MT = None if bool(mask_MPP.all()) else mask_MPP.flatten(1)
+        return self.encoder(self.embeddings(pixels_MCHW, mask_MPP), visible_MT)
+
+
+class Crops(Protocol):
+    """One image cut into crops, as `phikit.chat.image.load_image` does; numpy or torch arrays.
+
+    Crop 0 is the whole picture; then come `height_crops` x `width_crops` crops, row by row. What
+    follows them is padding of a batch and never looked at.
+    """
+
+    @property
+    def pixels_MCHW(self) -> Any:
+        """float32, -1..1."""
+        ...
+
+    @property
+    def mask_MPP(self) -> Any:
+        """bool; True where a patch shows some of the picture."""
+        ...
+
+    @property
+    def height_crops(self) -> int: ...
+
+    @property
+    def width_crops(self) -> int: ...
+
+
+class ImageEmbedder(nn.Module):
+    """Images as rows of decoder inputs.
+
+    Args:
+        config: the tower.
+        d_model: width of the decoder.
+    """
+
+    def __init__(self, config: VisionConfig, d_model: int) -> None:
+        super().__init__()
+        self.img_processor = VisionTower(config)
+        self.img_projection_up = nn.Linear(config.d_model, d_model)
+        self.img_projection_down = nn.Linear(d_model, d_model)
+        # The two learnt vectors that Microsoft's code calls glb_GN and sub_GN.
+        self.global_img_feature_extensor = nn.Parameter(torch.zeros(1, 1, config.d_model))
+        self.sub_img_feature_extensor = nn.Parameter(torch.zeros(1, 1, 1, config.d_model))
+
+    def forward(self, images: Sequence[Crops]) -> list[Tensor]:
+        """One [tokens, D] tensor an image.
+
+        tokens = h * w + h + 1 + Q * Q + Q, where h x w is the pooled map of the crops without the
+        rows and columns that show only padding; Q is 16 in Phi-4-multimodal.
+        """
+        if not images:
+            return []
+        weight = self.img_projection_up.weight
+        counts = [1 + image.height_crops * image.width_crops for image in images]
+        masks = [
+            torch.as_tensor(image.mask_MPP)[:count]
+            for image, count in zip(images, counts, strict=True)
+        ]
+        pixels = [
+            torch.as_tensor(image.pixels_MCHW)[:count].to(weight.device, weight.dtype)
+            for image, count in zip(images, counts, strict=True)
+        ]
+        features_MQQD = self.crop_features(torch.cat(pixels), torch.cat(masks).to(weight.device))
+        return [
+            self.project(self.arrange(features, mask, width_crops=image.width_crops))
+            for features, mask, image in zip(
+                features_MQQD.split(counts), masks, images, strict=True
+            )
+        ]
+
+    def crop_features(self, pixels_MCHW: Tensor, mask_MPP: Tensor) -> Tensor:
+        """Features of the crops, averaged over 2 x 2 patches, [M, Q, Q, D]."""
+        features_MTD = torch.cat(
+            [
+                self.img_processor(pixels, mask)
+                for pixels, mask in zip(
+                    pixels_MCHW.split(CROPS_PER_PASS), mask_MPP.split(CROPS_PER_PASS), strict=True
+                )
+            ]
+        )
+        side = mask_MPP.shape[1] // 2
+        return features_MTD.unflatten(1, (side, 2, side, 2)).mean((2, 4))
+
+    def arrange(self, features_MQQD: Tensor, mask_MPP: Tensor, *, width_crops: int) -> Tensor:
+        """The features of one image as a sequence: crops, separator, whole picture."""
+        rows = int(mask_MPP[1::width_crops, ::2, 0].sum())
+        columns = int(mask_MPP[1 : 1 + width_crops, 0, ::2].sum())
+        grid = features_MQQD[1:].unflatten(0, (-1, width_crops))
+        stitched = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return torch.cat(
+            [
+                self._with_row_ends(stitched[:rows, :columns]),
+                self.global_img_feature_extensor[0],
+                self._with_row_ends(features_MQQD[0]),
+            ]
+        )
+
+    def project(self, features_TD: Tensor) -> Tensor:
+        """From the width of the tower to that of the decoder."""
+        return self.img_projection_down(F.gelu(self.img_projection_up(features_TD)))
+
+    def _with_row_ends(self, features: Tensor) -> Tensor:
+        """[rows, columns, D] flattened, `sub_GN` after every row."""
+        ends = self.sub_img_feature_extensor[0].expand(len(features), -1, -1)
+        return torch.cat([features, ends], dim=1).flatten(0, 1)
