@@ -108,13 +108,15 @@ def phikit(
 def shell() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs one command in a process of its own; `given` is its standard input."""
 
-    def run(*arguments: object, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, given: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, *map(str, arguments)],
             input=given,
             capture_output=True,
             text=True,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **environment},
             timeout=300,
             check=False,
         )

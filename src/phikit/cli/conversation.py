@@ -178,7 +178,11 @@ class Conversation:
         """/save FILE: write the conversation, one JSON message a line."""
         if not text:
             raise ChatError("/save needs a file name", fix="for example: /save talk.jsonl")
-        lines = [json.dumps(asdict(turn), ensure_ascii=False) + "\n" for turn in self.turns]
+        records = [
+            {key: x for key, x in asdict(turn).items() if x or key == "content"}
+            for turn in self.turns
+        ]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         write_atomic(Path(text).expanduser(), "".join(lines))
         self._note(f"{len(self.turns)} messages written to {text}")
         return True
@@ -246,12 +250,10 @@ class ReplyView:
 
     def _print(self, text: str, *, dim: bool = False) -> None:
         if text:
-            self._console.out(
-                _disarmed(text), end="", style="dim" if dim else None, highlight=False
-            )
+            self._console.out(disarmed(text), end="", style="dim" if dim else None, highlight=False)
 
 
-def _disarmed(text: str) -> str:
+def disarmed(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
     return "".join(c if c in "\n\t" or category(c) != "Cc" else "\ufffd" for c in text)
 

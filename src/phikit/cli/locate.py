@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phikit.base.errors import RunError
+from phikit.base.errors import RunError, WeightsError
 
-RUN_HELP = 'A run folder, a stage folder, a model folder, a .gguf file, or "smollm2".'
+RUN_HELP = (
+    "A run folder, a stage folder, a model folder, a .gguf file, the id of a model that "
+    '`phikit pull` fetched, or "smollm2".'
+)
 
 
 class Place(NamedTuple):
@@ -24,16 +27,18 @@ class Place(NamedTuple):
 
 
 def locate(run: str) -> Place:
-    """The model meant by a run folder, a stage folder, a model folder, a `.gguf` or "smollm2".
+    """The model meant by a run, stage or model folder, a `.gguf`, a hub id or "smollm2".
 
-    A run folder means the model of its last finished stage.
+    A run folder means the model of its last finished stage; a hub id means what is on this machine
+    already, since no command but `pull` is to fetch gigabytes unasked.
 
     Raises:
         RunError: there is none; says what was looked for.
+        WeightsError: a published model is not on this machine.
     """
     path = Path(run)
     if not path.exists():
-        return _installed(run)
+        return _elsewhere(run)
     if path.is_file() and path.suffix == ".gguf":
         return Place(path)
     record = _record(path)
@@ -101,13 +106,22 @@ def last_finished(path: Path, record: dict[str, Any]) -> Path:
     return stages[-1]
 
 
-def _installed(name: str) -> Place:
-    """The weights of an installed package, which go by their name."""
+def _elsewhere(name: str) -> Place:
+    """What goes by a name: the weights of an installed package, and pulled models."""
+    from phikit.weights import hub
     from phikit.weights.load import SMOLLM2
 
-    if name != SMOLLM2:
+    if name == SMOLLM2:
+        return Place(name)
+    if not hub.is_id(name):
         raise _not_a_run(Path(name), "it does not exist")
-    return Place(name)
+    try:
+        return Place(hub.fetch(name, offline=True))
+    except WeightsError as error:
+        raise WeightsError(
+            f"there is no folder {name}, and no model of this id has been pulled",
+            fix=f"check the path, or fetch the model with: phikit pull {name}",
+        ) from error
 
 
 def stage_name(folder: Path) -> str:
@@ -145,5 +159,6 @@ def _record(path: Path) -> dict[str, Any]:
 def _not_a_run(path: Path, reason: str) -> RunError:
     return RunError(
         f"{path} is neither a run nor a model: {reason}",
-        fix='give a folder that `phikit run` wrote, a model folder, a .gguf file, or "smollm2"',
+        fix="give a folder that `phikit run` wrote, a model folder, a .gguf file, or the id of a "
+        "model fetched with: phikit pull OWNER/NAME",
     )

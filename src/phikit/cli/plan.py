@@ -5,7 +5,7 @@ import json
 import typer
 from rich.table import Table
 
-from phikit.cli.screen import screen
+from phikit.cli.screen import in_bytes, screen
 from phikit.cli.settings import leaves
 from phikit.evals.table import count
 from phikit.recipes.budget import Amount, Budget, Memory, budget
@@ -30,7 +30,7 @@ def _show_budget(costs: Budget, dtype: str) -> None:
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for stage in costs.stages:
         amounts = (stage.steps, stage.trained_tokens, stage.generated_tokens)
-        table.add_row(stage.name, *map(_amount, amounts), f"≈ {_bytes(stage.memory.peak)}")
+        table.add_row(stage.name, *map(_amount, amounts), f"≈ {in_bytes(stage.memory.peak)}")
     table.add_row("evaluation, each", "", "", _amount(costs.evaluation_tokens), "")
     console.print(table)
     largest = max((stage.memory for stage in costs.stages), key=lambda memory: memory.peak)
@@ -44,12 +44,5 @@ def _amount(amount: Amount) -> str:
 
 
 def _memory(memory: Memory) -> str:
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory._asdict().items() if size)
+    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in memory._asdict().items() if size)
     return f"memory at most: {parts}; besides, the libraries and the data"
-
-
-def _bytes(size: int) -> str:
-    for unit, name in ((1e12, "TB"), (1e9, "GB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size / 1e6:.0f} MB"

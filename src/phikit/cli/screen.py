@@ -1,4 +1,4 @@
-"""The console that tables are printed on."""
+"""The console that tables are printed on, and how sizes are written."""
 
 import os
 
@@ -14,3 +14,11 @@ def screen() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=WIDE)
     return console
+
+
+def in_bytes(size: int) -> str:
+    """A size as people read it: 7.67 GB, 135 MB, 16 kB."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} B"

@@ -73,7 +73,7 @@ def test_save_writes_messages(loaded: Loaded, tmp_path: Path):
     conversation.take("Hello")
     conversation.take(f"/save {tmp_path / 'talk.jsonl'}")
     rows = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
-    assert rows[0] == {"role": "user", "content": "Hello", "thinking": None}
+    assert rows[0] == {"role": "user", "content": "Hello"}
     assert Message(**rows[1]) == conversation.turns[1]
     with pytest.raises(StorageError):
         conversation.take(f"/save {tmp_path / 'talk.jsonl' / 'inside'}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phikit.base.errors import RunError
+from phikit.base.errors import RunError, WeightsError
 from phikit.cli.locate import locate, locate_pipeline, stage_name
 from phikit.recipes import PIPELINES
 from phikit.recipes.config import PipelineConfig
@@ -68,6 +68,18 @@ def test_a_stage_a_model_and_a_gguf_file(tmp_path: Path):
     file.write_bytes(b"")
     assert locate(str(file)).model == file
     assert locate("smollm2").model == "smollm2"
+
+
+def test_a_published_model_must_have_been_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match="no folder a/b, and no model(.|\n)*phikit pull a/b"):
+        locate("a/b")
+    commit = "0" * 40
+    snapshot = tmp_path / "models--a--b" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text(commit)
+    assert locate("a/b").model == snapshot
 
 
 @pytest.mark.parametrize(
