@@ -51,7 +51,7 @@ def pretrain() -> PretrainStage:
     """Language, single calculations and copying: what reasoning is later made of."""
     return PretrainStage(
         name="pretrain",
-        documents=56_000,
+        documents=30_000,
         mixture=CorpusMixture(
             weights={
                 "fact": 0.33,
@@ -65,7 +65,7 @@ def pretrain() -> PretrainStage:
         ),
         lm=LMConfig(row_tokens=128, rows_per_step=16, micro_rows=16),
         loop=LoopConfig(
-            steps=950,
+            steps=500,
             checkpoint_every=250,
             optim=OptimConfig(adam_lr=3e-3, muon_lr=0.02, weight_decay=0.05, warmup=0.05),
         ),
@@ -76,7 +76,7 @@ def mid() -> MidStage:
     """Distilled chain of thought, packed, loss on all tokens."""
     return MidStage(
         name="mid",
-        source=problems(24_000),
+        source=problems(14_000),
         lm=LMConfig(row_tokens=256, rows_per_step=8, micro_rows=8),
         loop=LoopConfig(
             epochs=1,
@@ -90,7 +90,7 @@ def sft() -> SFTStage:
     """Fewer and harder traces, one a row: the model learns where to stop."""
     return SFTStage(
         name="sft",
-        source=problems(4_000, steps={3: 0.2, 4: 0.3, 5: 0.5}),
+        source=problems(4_500, steps={3: 0.2, 4: 0.3, 5: 0.5}),
         sft=SFTConfig(examples_per_step=48, micro_examples=24),
         loop=LoopConfig(epochs=1, optim=OptimConfig(adam_lr=1e-3, muon_lr=0.006, decay=1.0)),
     )
@@ -100,10 +100,10 @@ def dpo() -> DPOStage:
     """Correct rollouts preferred to wrong ones of the same question."""
     return DPOStage(
         name="dpo",
-        source=problems(800),
+        source=problems(500),
         max_new_tokens=128,
         dpo=DPOConfig(nll_weight=1.0, pairs_per_step=64, micro_pairs=16),
-        loop=LoopConfig(epochs=1, optim=OptimConfig(adam_lr=4e-5)),
+        loop=LoopConfig(epochs=1, optim=OptimConfig(adam_lr=1.5e-5)),
     )
 
 
@@ -115,18 +115,18 @@ def rl() -> RLStage:
     """
     return RLStage(
         name="rl",
-        source=problems(6_000),
+        source=problems(4_000),
         grpo=GRPOConfig(
             prompts_per_step=64,
             group_size=8,
             max_new_tokens=128,
             micro_rows=64,
             final_temperature=0.8,
-            negative_weight=0.25,
+            negative_weight=0.5,
             max_length_cv=0.5,
         ),
         loop=LoopConfig(
-            steps=80,
+            steps=62,
             checkpoint_every=5,
             optim=OptimConfig(adam_lr=3e-4, muon_lr=1.5e-3, decay=0.5),
         ),
@@ -139,5 +139,5 @@ def nano_reasoner() -> PipelineConfig:
         name="nano_reasoner",
         base=NewBase(model=model(), tokenizer_documents=6_000, tokenizer_traces=problems(3_000)),
         stages=(pretrain(), mid(), sft(), dpo(), rl()),
-        evaluation=EvaluationConfig(source=problems(500), max_new_tokens=128),
+        evaluation=EvaluationConfig(source=problems(1000), max_new_tokens=128),
     )
