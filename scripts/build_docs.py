@@ -17,10 +17,12 @@ from typing import Any
 import typer.main
 from typer.core import TyperGroup
 
-from phikit.cli.app import app
+from phikit.cli.app import VERBS, app
 from phikit.cli.settings import leaves
 from phikit.evals.plots import chart
 from phikit.evals.stats import pooled
+from phikit.models.catalogue import CHECKPOINTS, Checkpoint
+from phikit.models.registry import FAMILIES, active_parameter_count, family_of, parameter_count
 from phikit.recipes import PIPELINES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +137,8 @@ def command_section(name: str, command: Any) -> str:
     options = [p for p in command.params if p.param_type_name == "option"]
     arguments = [p for p in command.params if p not in options]
     line = [name, *(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)]
-    lines = [f"## phikit {' '.join(line)}", "", command.help, ""]
+    example = ["```sh", VERBS[name].example, "```"]
+    lines = [f"## phikit {' '.join(line)}", "", command.help, "", *example, ""]
     if options:
         lines += ["| option | what |", "|:--|:--|"]
     for p in options:
@@ -143,6 +146,66 @@ def command_section(name: str, command: Any) -> str:
         default = "" if p.default in (None, False) else f" Default: {p.default}."
         lines.append(f"| `{words}` | {p.help}{default} |")
     return "\n".join([*lines, ""]) if options else "\n".join(lines)
+
+
+def family_table() -> str:
+    """Every family of the registry, with what `benchmarks/parity.py` measured."""
+    file = RESULTS / "parity.json"
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"families": {}}
+    lines = [
+        "| `model_type` | Code | Logits | Gradients | Greedy tokens | Saved, read there "
+        "| GGUF | Adapter, read by peft |",
+        "|:--|:--|--:|--:|:--|--:|--:|--:|",
+    ]
+    for family in FAMILIES:
+        module = family.config.__module__.rpartition(".")[2]
+        code = f"[{module}.py](../src/phikit/models/{module}.py)"
+        for model_type in family.model_types:
+            found = measured["families"].get(model_type)
+            cells = [f"`{model_type}`", code, *parity_cells(found)]
+            lines.append("| " + " | ".join(cells) + " |")
+    packages = ", ".join(
+        f"{name} {number}" for name, number in measured.get("packages", {}).items()
+    )
+    return "\n".join([*lines, "", f"Measured with {packages or 'nothing yet'}.", ""])
+
+
+def parity_cells(found: dict[str, Any] | None) -> list[str]:
+    """The figures of one family; a dash where there is nothing to compare with."""
+    if found is None:
+        return ["–"] * 6
+    greedy = "the same" if found["greedy"] else "differ"
+    keys = ("logits", "gradients", "greedy", "saved", "gguf", "adapter")
+    shown = {key: "–" if found[key] is None else f"{found[key]:.1g}" for key in keys}
+    return [{**shown, "greedy": greedy}[key] for key in keys]
+
+
+def checkpoint_table() -> str:
+    """The catalogue, with parameters counted on the meta device."""
+    lines = [
+        "| Checkpoint | Family | Layers x width | Parameters | Context | Note |",
+        "|:--|:--|--:|--:|--:|:--|",
+    ]
+    for checkpoint in CHECKPOINTS:
+        config = checkpoint.config
+        module = family_of(config).config.__module__.rpartition(".")[2]
+        cells = [
+            f"`{checkpoint.hub_id}`",
+            module,
+            f"{config.num_layers} x {config.d_model}",
+            parameters(checkpoint),
+            f"{config.max_context:,}".replace(",", " "),
+            checkpoint.note,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parameters(checkpoint: Checkpoint) -> str:
+    """Counted parameters in 10^9; those of one token too, if they are fewer."""
+    total, active = parameter_count(checkpoint.config), active_parameter_count(checkpoint.config)
+    words = f", {active / 1e9:.3g} B active" if active < total else ""
+    return f"{total / 1e9:.4g} B{words}"
 
 
 def settings_tables() -> str:
@@ -188,6 +251,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipe_table,
     "commands": command_reference,
     "settings": settings_tables,
+    "families": family_table,
+    "checkpoints": checkpoint_table,
 }
 
 if __name__ == "__main__":
