@@ -36,20 +36,22 @@ def main() -> None:
 
 
 def run(pipeline: str, seed: int, out: Path) -> dict[str, Any]:
-    """One seed's results, with the whole command's wall time if it ran just now."""
+    """One seed's results, with the whole command's wall time if it began here."""
     folder = out / f"{pipeline}-{seed}"
     wall = folder / "wall_seconds"
+    is_new = not folder.exists()
     started = time.perf_counter()
     command = ["run", pipeline, "--set", f"seed={seed}", "--out", str(folder)]
     subprocess.run([sys.executable, "-m", "phikit.cli", *command], check=True)
-    if not wall.exists():
+    if is_new:
         wall.write_text(f"{time.perf_counter() - started:.0f}")
     results = json.loads((folder / "results.json").read_text())
     stages = [
         {key: value for key, value in stage.items() if key not in LEFT_OUT}
         for stage in results["stages"]
     ]
-    return {"seed": seed, "wall_seconds": int(wall.read_text()), "stages": stages}
+    seconds = int(wall.read_text()) if wall.exists() else None
+    return {"seed": seed, "wall_seconds": seconds, "stages": stages}
 
 
 def machine() -> dict[str, str | int]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import typer.main
@@ -71,32 +71,32 @@ def stage_table(pipeline: str) -> str:
     runs = results(pipeline)["runs"]
     lines = [
         "| Stage | Seconds | Tokens trained | Accuracy, greedy | pass@1, T = 0.6 | Length "
-        "| Paired change of each seed, 95 % interval |",
-        "|:--|--:|--:|--:|--:|--:|:--|",
+        "| Paired change of each seed, greedy, 95 % interval | The same at T = 0.6 |",
+        "|:--|--:|--:|--:|--:|--:|:--|:--|",
     ]
     for stages in zip(*(run["stages"] for run in runs), strict=True):
         cells = [
             stages[0]["name"],
-            f"{fmean(s['seconds'] for s in stages):.0f}",
+            f"{stages[0]['seconds']:.0f}",
             f"{fmean(s['tokens'] for s in stages) / 1e6:.2f} M",
             spread([s["accuracy"] for s in stages]),
             spread([s["pass_at_1_t06"] for s in stages]),
             f"{fmean(s['mean_tokens'] for s in stages):.0f}",
             "<br>".join(change(s["paired"]) for s in stages if s["paired"]) or "–",
+            "<br>".join(change(s["paired_t06"]) for s in stages if s["paired_t06"]) or "–",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    walls = [run["wall_seconds"] for run in runs]
+    walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     problems = runs[0]["stages"][0]["n"]
     errors = [100 * s["stderr"] for run in runs for s in run["stages"][1:]]
-    minutes = " to ".join(f"{wall / 60:.1f}" for wall in sorted({min(walls), max(walls)}))
     seeds = "One seed." if len(runs) == 1 else f"Mean ± standard deviation over {len(runs)} seeds."
     return "\n".join(
         [
             *lines,
             "",
             seeds + f" {problems} held-out problems of 2 to 5 calculations, the same for all. One "
-            f"seed's standard error over problems is at most {max(errors):.1f} points. The run "
-            f"took {minutes} minutes without the set-up.",
+            f"seed's standard error over problems is at most {max(errors):.1f} points. Seconds are "
+            f"those of the first seed, whose run took {walls[0] / 60:.1f} minutes without set-up.",
             "",
         ]
     )
@@ -245,6 +245,25 @@ def draw() -> None:
         chart(first, IMAGES / f"nano_reasoner-{scheme}.svg", dark=scheme == "dark")
 
 
+def training_benchmark() -> str:
+    """What `benchmarks/train.py` measured: medians over rounds that took turns."""
+    record = json.loads((RESULTS / "benchmark_train.json").read_text(encoding="utf-8"))
+    lines = [
+        "| | | phikit | TRL, fastest variant | ratio of medians | in rounds | peak memory, MiB |",
+        "|:--|:--|--:|--:|--:|--:|--:|",
+    ]
+    for kind, unit in (("sft", "tokens / s"), ("grpo", "steps / hour")):
+        for dtype, row in record[kind]["rows"].items():
+            medians = [f"{median(side['rates']):,.0f}" for side in row["sides"]]
+            low, high = row["ratios_of_rounds"]
+            peaks = " against ".join(f"{s['peak_bytes'] / 2**20:,.0f}" for s in row["sides"])
+            cells = [f"{kind.upper()}, {unit}", dtype, *medians, f"{row['ratio_of_medians']:.2f}"]
+            lines.append("| " + " | ".join([*cells, f"{low:.2f}–{high:.2f}", peaks]) + " |")
+    machine, rounds = record["machine"], len(row["sides"][0]["rates"])
+    packages = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl"))
+    return "\n".join([*lines, "", f"{rounds} rounds, {record['threads']} threads, {packages}.", ""])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
@@ -253,6 +272,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings_tables,
     "families": family_table,
     "checkpoints": checkpoint_table,
+    "training benchmark": training_benchmark,
 }
 
 if __name__ == "__main__":

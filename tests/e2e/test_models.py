@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import phikit as library
@@ -105,7 +108,10 @@ def gpt2_model(tiny_model: Callable[..., DenseModel], tmp_path: Path) -> Path:
     """A model whose tokenizer splits text in a way that llama.cpp knows."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*sorted(ByteLevel.alphabet()), *specials]
-    tokenizer = Tokenizer.from_parts(tokens, merges=[], special_ids=(256, 257, 258), split="gpt2")
+    inner = tokenizers.Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    inner.add_special_tokens(specials)
+    tokenizer = Tokenizer(inner)
     network = tiny_model(vocab_size=len(tokens), d_model=64, d_mlp=96)
     save(tmp_path / "gpt2", Loaded(network, tokenizer, renderer_for(tokenizer, "smollm2")))
     return tmp_path / "gpt2"

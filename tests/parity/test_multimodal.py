@@ -237,6 +237,34 @@ def test_greedy_tokens(pair: Pair, prompts: dict[str, Prompt], kind: str):
     assert completion.tokens == expected[0, len(prompt.tokens) :].tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pair", [list(VARIANTS)[1]], indirect=True)
+def test_their_cache_is_lost_at_the_switch(pair: Pair, prompts: dict[str, Prompt]):
+    """Generating across the original context of 32 tokens, from 28.
+
+    The reference without a cache agrees with ours to the end. With one, it drops the cache when 33
+    tokens are there and feeds the last of them alone: its next token is that of a prompt of one.
+    """
+    choose(pair.theirs, None)
+    tokens, new = prompts["text"].tokens[:28], 12
+    without = list(tokens)
+    for _ in range(new):
+        logits = pair.theirs(input_ids=torch.tensor([without]), use_cache=False).logits
+        without.append(int(logits[0, -1].argmax()))
+    request = Request(tokens, max_new_tokens=new, temperature=0.0)
+    [[completion]] = Engine(pair.ours).generate([request])
+    assert completion.tokens == without[28:]
+
+    given = torch.tensor([tokens])
+    [theirs] = pair.theirs.generate(given, max_new_tokens=new, do_sample=False).tolist()
+    assert theirs[:33] == without[:33]
+    assert theirs[33:] != without[33:]
+    alone = pair.theirs(
+        input_ids=torch.tensor([theirs[32:33]]), position_ids=torch.tensor([[32]]), use_cache=False
+    )
+    assert theirs[33] == int(alone.logits[0, -1].argmax()) != without[33]
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 

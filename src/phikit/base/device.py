@@ -3,6 +3,7 @@
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -52,5 +53,9 @@ def parse_dtype(name: str) -> torch.dtype:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held so far (resident set; not the GPU's)."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would count what the parent held when it started this process
+        [line] = [x for x in status.read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

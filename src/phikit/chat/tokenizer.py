@@ -10,9 +10,9 @@ U+2581, its sign for a space, comes back as a space.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -109,38 +109,6 @@ class Tokenizer:
         """
         inner = byte_level_bpe(Path(path), encoding=encoding, specials=specials)
         inner.add_special_tokens([_special(name) for name in specials])
-        return cls(inner)
-
-    @classmethod
-    def from_parts(
-        cls,
-        tokens: Sequence[str],
-        *,
-        merges: Iterable[str],
-        special_ids: Collection[int],
-        split: Literal["gpt2", "smollm"],
-    ) -> Self:
-        """Build a byte-level BPE tokenizer from the tables that GGUF files carry.
-
-        Args:
-            tokens: the vocabulary in id order, in the byte-level alphabet (`Ġ` is a space).
-            merges: `"left right"`, best first.
-            special_ids: ids that only a renderer may produce.
-            split: GGUF's `tokenizer.ggml.pre`; `smollm` is GPT-2's split after single digits.
-        """
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        splits = {"gpt2": byte_level, "smollm": pre_tokenizers.Sequence([digits, byte_level])}
-        if split not in splits:
-            raise ChatError(
-                f"unknown pre-tokenizer {split!r}", fix=f"known: {', '.join(sorted(splits))}"
-            )
-        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-        vocabulary = {token: id_ for id_, token in enumerate(tokens)}
-        inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-        inner.pre_tokenizer = splits[split]
-        inner.decoder = decoders.ByteLevel()
-        inner.add_special_tokens([_special(tokens[id_]) for id_ in sorted(special_ids)])
         return cls(inner)
 
     @property

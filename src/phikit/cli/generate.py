@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     from phikit.generate.request import Request
 
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="FILE", help="Show an image; may be repeated. A chat."),
+]
+Audio = Annotated[
+    list[str] | None,
+    typer.Option("--audio", metavar="FILE", help="Play a clip; may be repeated. A chat."),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Longest reply, in tokens; 256, or what the context leaves."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as stored if not given."),
+]
+
+
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=RUN_HELP)],
     prompt: Annotated[
@@ -26,23 +46,12 @@ def generate(
     as_chat: Annotated[
         bool, typer.Option("--chat", help="Ask it as a user of a chat does, not as bare text.")
     ] = False,
-    images: Annotated[
-        list[str] | None,
-        typer.Option("--image", metavar="FILE", help="Show an image; may be repeated. A chat."),
-    ] = None,
-    audio: Annotated[
-        list[str] | None,
-        typer.Option("--audio", metavar="FILE", help="Play a clip; may be repeated. A chat."),
-    ] = None,
+    images: Images = None,
+    audio: Audio = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="A system message; goes with --chat.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Longest reply, in tokens; 256, or what the context leaves."
-        ),
-    ] = None,
+    max_new_tokens: NewTokens = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")
     ] = 0.0,
@@ -54,10 +63,7 @@ def generate(
         typer.Option(max=1.0, metavar="P", help="Draw from the likeliest that sum up to P."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the reply.")] = 0,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as stored if not given."),
-    ] = None,
+    dtype: Dtype = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, at the end, and nothing else.")
     ] = False,

@@ -143,7 +143,9 @@ def _chat_rows(found: "Description") -> list[tuple[str, str]]:
         rows.append(("chat template", found.renderer_fault or "none"))
     else:
         stops = ", ".join(map(str, found.renderer.stop_ids))
-        rows.append(("chat template", f"that of {found.renderer.name}; a reply ends at {stops}"))
+        name = found.renderer.name
+        kind = "none: it only goes on with a text" if name == "text" else f"that of {name}"
+        rows.append(("chat template", f"{kind}; a reply ends at {stops}"))
     return rows
 
 

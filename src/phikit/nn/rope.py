@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from phikit.base.config import Config
@@ -22,7 +22,7 @@ class LongRope(Config):
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
-    original_context: int
+    original_context: int = Field(ge=2)
     """Context length before extension; the long factors apply from `original_context + 1` on."""
     short_mscale: PositiveFloat | None = None
     long_mscale: PositiveFloat | None = None

@@ -134,7 +134,7 @@ def rl() -> RLStage:
 
 
 def nano_reasoner() -> PipelineConfig:
-    """Five stages in a quarter of an hour on two busy CPU cores; results in the README."""
+    """Five stages in about twelve minutes on two CPU cores; results in the README."""
     return PipelineConfig(
         name="nano_reasoner",
         base=NewBase(model=model(), tokenizer_documents=6_000, tokenizer_traces=problems(3_000)),

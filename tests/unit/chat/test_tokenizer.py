@@ -120,23 +120,6 @@ def test_lone_surrogates_are_refused(nano_tokenizer: Tokenizer):
         nano_tokenizer.encode("a\ud800")
 
 
-@pytest.mark.parametrize("split", ["gpt2", "smollm"])
-def test_from_parts_rebuilds_a_tokenizer(split):
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", *alphabet, "12", "ab", "abc"]
-    built = Tokenizer.from_parts(
-        tokens, merges=["1 2", "a b", "ab c"], special_ids=[0], split=split
-    )
-    assert built.special("<|endoftext|>") == 0
-    pieces = [built.decode([id_]) for id_ in built.encode("abc12")]
-    assert pieces == (["abc", "12"] if split == "gpt2" else ["abc", "1", "2"])
-
-
-def test_from_parts_refuses_an_unknown_split():
-    with pytest.raises(ChatError, match="unknown pre-tokenizer 'llama'"):
-        Tokenizer.from_parts(["a"], merges=[], special_ids=[], split="llama")  # pyright: ignore
-
-
 def assert_llama(ours: Tokenizer, theirs: tokenizers.Tokenizer, count: int) -> None:
     """Ids as the library gives them, and every text back; U+2581 is the spelling of a space."""
     theirs.encode_special_tokens = True
