@@ -264,6 +264,24 @@ def training_benchmark() -> str:
     return "\n".join([*lines, "", f"{rounds} rounds, {record['threads']} threads, {packages}.", ""])
 
 
+def full_size() -> str:
+    """What `benchmarks/full_size.py` measured, medians over rounds."""
+    rounds = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))["rounds"]
+    names = {
+        "load_seconds": "load, seconds",
+        "peak_gb": "peak memory after loading, GB",
+        "peak_over_bound": "the same, share of 1.15 x weights + 300 MB",
+        "tokens_per_s": "tokens / s",
+    }
+    lines = ["| | phikit | transformers |", "|:--|--:|--:|"]
+    for key, name in names.items():
+        sides = [[row[side][key] for row in rounds] for side in ("phikit", "transformers")]
+        lines.append(f"| {name} | " + " | ".join(f"{median(side):.2f}" for side in sides) + " |")
+    same = all(row["phikit"]["tokens"] == row["transformers"]["tokens"] for row in rounds)
+    agreement = "All greedy tokens agree." if same else "Greedy tokens differ."
+    return "\n".join([*lines, "", f"Medians of {len(rounds)} rounds. {agreement}", ""])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
@@ -273,6 +291,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "families": family_table,
     "checkpoints": checkpoint_table,
     "training benchmark": training_benchmark,
+    "full size": full_size,
 }
 
 if __name__ == "__main__":
