@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phikit.base.errors import ChatError
+from phikit.base.worker import exchange
 from phikit.chat.message import Message
 
 _WORKER = Path(__file__).with_name("template_worker.py")
@@ -66,7 +67,7 @@ class TemplateProcess:
             process = self._process
             if process is None or not self.running:
                 process = self._start()
-            line = _exchange(process, request, timeout_s=self._timeout_s)
+            line = exchange(process, request, timeout_s=self._timeout_s).line
         if not line:
             self.close()
             raise self._failed("it takes too long, or needs too much memory")
@@ -94,7 +95,7 @@ class TemplateProcess:
         )
         self._process = process
         weakref.finalize(self, _end, process)
-        if not _exchange(process, "", timeout_s=_START_S):
+        if not exchange(process, "", timeout_s=_START_S).line:
             self.close()
             raise self._failed("the process for it does not start")
         return process
@@ -111,29 +112,6 @@ def variables(messages: Sequence[Message], *, ask: bool, **given: str) -> dict[s
     plain = [{"role": message.role, "content": message.content} for message in messages]
     defaults = {"bos_token": "", "eos_token": ""}
     return {"messages": plain, "add_generation_prompt": ask, **defaults, **given}
-
-
-def _exchange(process: subprocess.Popen[str], request: str, *, timeout_s: float) -> str:
-    """Send a line, read a line; empty if the process ended, or was killed for taking too long."""
-    assert process.stdin is not None and process.stdout is not None
-    expired = threading.Event()
-    timer = threading.Timer(timeout_s, _expire, (process, expired))
-    timer.start()
-    try:
-        process.stdin.write(request)
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except BrokenPipeError:
-        line = ""
-    finally:
-        timer.cancel()
-        timer.join()
-    return line if line.endswith("\n") and not expired.is_set() else ""
-
-
-def _expire(process: subprocess.Popen[str], expired: threading.Event) -> None:
-    expired.set()
-    process.kill()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

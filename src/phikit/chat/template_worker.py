@@ -4,8 +4,8 @@ A first line out says that it is ready. Then one JSON line in, `{"template": str
 [variables, ...]}`, and one JSON line out, `{"texts": [...], "error": str | None}`.
 
 A template is a stranger's program. Jinja's sandbox keeps it from Python's internals, but not from
-loops within loops or from doubling a string; the limits of this process do. Nothing of phikit is
-imported, so a start costs jinja and no torch.
+loops within loops or from doubling a string; the limits of this process do. A start
+costs jinja and no torch.
 
 The environment is that of `transformers` (`utils/chat_template_utils.py`), less the clock.
 
@@ -13,7 +13,6 @@ The environment is that of `transformers` (`utils/chat_template_utils.py`), less
 """
 
 import json
-import math
 import sys
 from functools import lru_cache
 from typing import Any
@@ -24,6 +23,8 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
+
+from phikit.base.worker import limit_memory, limit_processor
 
 
 class GenerationBlocks(Extension):
@@ -90,26 +91,6 @@ def render(request: dict[str, Any], max_chars: int) -> list[str]:
     return texts
 
 
-def limit(memory_bytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def rearm_cpu_limit(timeout_s: float) -> None:
-    """For a worker whose parent was killed: it must not spin for ever."""
-    try:
-        import resource
-    except ImportError:
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
 def answer(reply: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(reply) + "\n")
     sys.stdout.flush()
@@ -117,10 +98,10 @@ def answer(reply: dict[str, Any]) -> None:
 
 def main() -> None:
     memory_bytes, timeout_s, max_chars = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    limit(memory_bytes)
+    limit_memory(memory_bytes)
     answer({"error": None})  # ready: the imports are done
     for line in sys.stdin:
-        rearm_cpu_limit(timeout_s)
+        limit_processor(timeout_s)
         try:
             reply = {"texts": render(json.loads(line), max_chars), "error": None}
         except MemoryError:

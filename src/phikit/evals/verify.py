@@ -18,7 +18,6 @@ import queue
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -28,6 +27,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from phikit.base.errors import ConfigError, MissingExtraError, RunError
+from phikit.base.worker import exchange
 
 MAX_CHARS = 1000
 """Answers longer than this are compared as strings only."""
@@ -236,14 +236,15 @@ class _Worker:
     def check(self, gold: str, answer: str) -> Verdict:
         if self.process is None or self.process.poll() is not None or self.checks >= _RECYCLE:
             self.stop()
-            self._start()
+            self.process = self._start()
         self.checks += 1
-        line, expired = self._exchange(json.dumps([gold, answer]) + "\n", self.timeout_s)
+        request = json.dumps([gold, answer]) + "\n"
+        line, was_killed = exchange(self.process, request, timeout_s=self.timeout_s)
         if line:
             reply = json.loads(line)
             return Verdict(reply["equal"], reply["error"])
         code = self.stop()
-        if expired:
+        if was_killed:
             return Verdict(False, f"timed out after {self.timeout_s:g} s")
         return Verdict(False, f"the verifier process died (exit code {code}), likely out of memory")
 
@@ -256,9 +257,9 @@ class _Worker:
         with process:
             return process.wait()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[str]:
         limits = [str(self.memory_bytes), str(self.timeout_s)]
-        self.process = subprocess.Popen(  # noqa: S603 - our own script, no shell
+        process = subprocess.Popen(  # noqa: S603 - our own script, no shell
             [sys.executable, "-P", str(_WORKER), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -267,8 +268,8 @@ class _Worker:
             encoding="utf-8",
             start_new_session=True,
         )
-        self.checks = 0
-        line, _ = self._exchange("", _START_S)
+        self.process, self.checks = process, 0
+        line, _ = exchange(process, "", timeout_s=_START_S)
         failure = json.loads(line)["error"] if line else "it ended before it was ready"
         if failure is not None:
             self.stop()
@@ -276,29 +277,7 @@ class _Worker:
                 f"the answer verifier does not start: {failure}",
                 fix='reinstall it with: pip install "phikit[eval]"',
             )
-
-    def _exchange(self, line: str, timeout_s: float) -> tuple[str, bool]:
-        """Send a line, read a line; ("", True) when the timer had to kill the process."""
-        process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, expire)
-        timer.start()
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        finally:
-            timer.cancel()
-            timer.join()
-        return ("" if expired.is_set() else reply), expired.is_set()
+        return process
 
 
 def _last_boxed(text: str) -> str | None:

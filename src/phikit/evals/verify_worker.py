@@ -1,20 +1,19 @@
 r"""The process in which `phikit.evals.verify.Verifier` runs math-verify; started as a script.
 
 One JSON line in, `[gold, answer]`; one JSON line out, `{"equal": bool, "error": str | None}`; the
-first line out says whether the imports worked. Nothing of phikit is imported, so a start costs
-sympy and no torch. The parent owns the wall clock; this side limits memory and, so that a worker
-whose parent was killed does not spin for ever, processor time.
+first line out says whether the imports worked. A start costs sympy and no torch.
 
     python -P verify_worker.py MEMORY_BYTES TIMEOUT_S
 """
 
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+from phikit.base.worker import limit_memory, limit_processor
 
 Compare = Callable[[str, str], bool]
 
@@ -36,28 +35,9 @@ def load_compare() -> Compare:
     return compare
 
 
-def limit(memory_bytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def rearm_cpu_limit(timeout_s: float) -> None:
-    try:
-        import resource
-    except ImportError:
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
 def serve(compare: Compare, answers: TextIO, timeout_s: float) -> None:
     for line in sys.stdin:
-        rearm_cpu_limit(timeout_s)
+        limit_processor(timeout_s)
         try:
             reply = {"equal": bool(compare(*json.loads(line))), "error": None}
         except MemoryError:
@@ -73,7 +53,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logging.disable()
-    limit(memory_bytes)
+    limit_memory(memory_bytes)
     try:
         compare = load_compare()
         compare("x + 1", "1 + x")  # builds the parser's tables, half a second that is not a check's
