@@ -123,7 +123,11 @@ def test_our_export(exported: Path, pair: Pair):
     for name, tensor in checkpoint_tensors(ours.model).items():
         assert torch.equal(tensor, weights[name]), name
     tokens = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours.model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    # The weights are equal. In float64, since float32 alone rounds logits of 30 by up to 1e-4; what
+    # is left comes from the norms and rotations, which transformers computes in float32.
+    logits = ours.model.double()(tokens)
+    torch.testing.assert_close(logits, theirs.double()(tokens).logits, atol=1e-4, rtol=0)
+    ours.model.float()
     again = exported.with_name(f"again-{exported.name}")
     save_gguf(again, ours, quant=exported.stem.removeprefix("smollm2-"))  # type: ignore[arg-type]
     assert again.read_bytes() == exported.read_bytes()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = mean_square.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale).to(x.dtype).mul_(weight)
@@ -32,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`; mean square in float32, result in the type of `x`."""
+    """`x / rms(x) * weight`; mean square in float32 or wider, result in the type of `x`."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
