@@ -1,6 +1,7 @@
 """Rooms import only from strictly lower levels, and only what the core install provides."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -127,6 +128,16 @@ def test_third_party_imports_are_declared():
         fault for path, text in files() for fault in third_party_faults(path, text, core, extra)
     ]
     assert not faults, "\n".join(faults)
+
+
+def test_errors_name_extras_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {
+        match[1]
+        for _, text in files()
+        for match in re.finditer(r'MissingExtraError\([^()]*"([a-z]+)"\)', text)
+    }
+    assert {"media", "hub", "eval"} <= named <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
 
 def _hub(source: HubSource) -> Iterable[Problem]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError("datasets", "hub") from error
     rows = load_dataset(
