@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from tests.parity.both_sides import assert_same_gradients, random_tokens
 
 from phikit.chat.render import renderer_for
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
-from phikit.models.dense import DenseModel, checkpoint_parts
+from phikit.models.dense import DenseModel
 from phikit.weights.load import Loaded, load
 from phikit.weights.save import save
 
@@ -61,10 +61,6 @@ def pair(request, tiny_model, nano_tokenizer, tmp_path_factory) -> Pair:
     return Pair(model, theirs.eval(), loaded, folder)
 
 
-def random_tokens(*shape: int) -> Tensor:
-    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(3))
-
-
 @torch.no_grad()
 def test_logits(pair: Pair):
     tokens = random_tokens(3, 40)
@@ -72,26 +68,7 @@ def test_logits(pair: Pair):
 
 
 def test_gradients(pair: Pair):
-    tokens = random_tokens(2, 40)
-    weights = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(4))
-    for model, logits in (
-        (pair.ours, pair.ours(tokens)),
-        (pair.theirs, pair.theirs(tokens).logits),
-    ):
-        model.zero_grad()
-        (logits.log_softmax(-1) * weights).sum().backward()
-    theirs = dict(pair.theirs.named_parameters())
-    compared = set()
-    for key, parameter in pair.ours.named_parameters():
-        parts = checkpoint_parts(pair.ours.config, key)
-        assert parameter.grad is not None
-        sizes = [rows or len(parameter) for _, rows in parts]
-        for (name, _), gradient in zip(parts, parameter.grad.split(sizes), strict=True):
-            expected = theirs[name].grad
-            distance = (gradient - expected).norm() / expected.norm()
-            assert distance <= 1e-4, (name, float(distance))
-            compared.add(name)
-    assert compared == set(theirs)
+    assert_same_gradients(pair.ours, pair.theirs)
 
 
 def test_greedy_tokens(pair: Pair):

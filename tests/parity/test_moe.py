@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.parity.both_sides import backward, random_tokens
 from torch import Tensor
 
 from phikit.chat.render import renderer_for
@@ -106,10 +107,6 @@ def pair(request, tmp_path_factory) -> Pair:
     return Pair(read(folder), theirs, folder)
 
 
-def random_tokens(*shape: int) -> Tensor:
-    return torch.randint(0, 300, shape, generator=torch.Generator().manual_seed(3))
-
-
 @torch.no_grad()
 def test_logits(pair: Pair):
     tokens = random_tokens(3, 40)
@@ -117,14 +114,7 @@ def test_logits(pair: Pair):
 
 
 def test_gradients(pair: Pair):
-    tokens = random_tokens(2, 40)
-    weights = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(4))
-    for model, logits in (
-        (pair.ours, pair.ours(tokens)),
-        (pair.theirs, pair.theirs(tokens).logits),
-    ):
-        model.zero_grad()
-        (logits.log_softmax(-1) * weights).sum().backward()
+    backward(pair.ours, pair.theirs)
     theirs = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
     compared = set()
     for name, gradient in gradients_under_their_names(pair.ours):

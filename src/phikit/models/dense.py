@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError
 from phikit.models.decoder import Decoder, DecoderConfig
-from phikit.models.hf import read_rope, write_rope
+from phikit.models.hf import check_activation, qkv_parts, read_rope, read_sizes, write_rope
 from phikit.nn.attention import Attend, SelfAttention
 from phikit.nn.mlp import SwiGLU
 from phikit.nn.norm import RMSNorm
@@ -106,48 +106,25 @@ def from_hf_config(values: dict[str, Any]) -> DenseConfig:
     for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
         if values.get(key):
             raise ConfigError(f"the checkpoint says {key}: true; the dense family has no biases")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act is {values['hidden_act']!r}; only 'silu' is known here")
-    heads, width = values["num_attention_heads"], values["hidden_size"]
+    check_activation(values, "silu")
     rope = read_rope(values)
     return DenseConfig(
+        **read_sizes(values, rope),
         layout=layout,
-        vocab_size=values["vocab_size"],
-        d_model=width,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or width // heads,
-        d_mlp=values["intermediate_size"],
-        max_context=values["max_position_embeddings"],
-        rope_theta=rope.theta,
         partial_rotary=rope.partial,
-        longrope=rope.longrope,
         sliding_window=values.get("sliding_window") if layout == "phi3" else None,
         norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values.get("tie_word_embeddings", False),
-        init_std=values.get("initializer_range", 0.02),
     )
 
 
 # --- Key map ------------------------------------------------------------------------------------
 
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
-
 
 def checkpoint_parts(config: DenseConfig, key: str) -> list[tuple[str, int | None]]:
     """The checkpoint tensors that make up our parameter `key`; see `registry.Family.parts`."""
-    stem = key.removesuffix(".weight")
-    for ours, theirs in _FUSED.items():
-        if config.layout == "llama" and stem.endswith(ours):
-            if ours == "mlp.gate_up_proj":
-                rows = [config.d_mlp] * 2
-            else:
-                heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-                rows = [n * config.head_dim for n in heads]
-            prefix = stem.removesuffix(ours)
-            return [(f"{prefix}{name}.weight", n) for name, n in zip(theirs, rows, strict=True)]
+    if config.layout == "llama" and ".qkv_proj." in key:
+        return qkv_parts(config, key)
+    if config.layout == "llama" and ".gate_up_proj." in key:
+        names = ("gate_proj", "up_proj")
+        return [(key.replace("gate_up_proj", name), config.d_mlp) for name in names]
     return [(key, None)]

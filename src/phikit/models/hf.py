@@ -48,6 +48,31 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str]) -> None:
         )
 
 
+def check_activation(values: Mapping[str, Any], known: str) -> None:
+    """Raise ConfigError if the feed-forward block is not of the family's kind."""
+    if values.get("hidden_act", known) != known:
+        raise ConfigError(f"hidden_act is {values['hidden_act']!r}; only {known!r} is known here")
+
+
+def read_sizes(values: Mapping[str, Any], rope: Rope) -> dict[str, Any]:
+    """The fields of a config that stand under the same keys in most families."""
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    return {
+        "vocab_size": values["vocab_size"],
+        "d_model": width,
+        "num_layers": values["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": values.get("head_dim") or width // heads,
+        "d_mlp": values["intermediate_size"],
+        "max_context": values["max_position_embeddings"],
+        "rope_theta": rope.theta,
+        "longrope": rope.longrope,
+        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "init_std": values.get("initializer_range", 0.02),
+    }
+
+
 def read_rope(values: Mapping[str, Any], *, partial: float = 1.0) -> Rope:
     """RoPE under the names of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`).
 
@@ -96,3 +121,12 @@ def renamed(key: str, names: Mapping[str, str]) -> str:
         if module.endswith(ours):
             return f"{module.removesuffix(ours)}{theirs}.{leaf}"
     return key
+
+
+def qkv_parts(config: DecoderConfig, key: str) -> list[tuple[str, int | None]]:
+    """Our fused queries, keys and values as the three tensors that most checkpoints keep."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    return [
+        (key.replace("qkv_proj", f"{name}_proj"), count * config.head_dim)
+        for name, count in heads.items()
+    ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError
 from phikit.models.decoder import Decoder, DecoderConfig
-from phikit.models.hf import read_rope, write_rope
+from phikit.models.hf import check_activation, qkv_parts, read_rope, read_sizes, write_rope
 from phikit.nn.attention import Attend, SelfAttention
 from phikit.nn.moe import Experts, MoE, SparseMixerRouter
 from phikit.nn.rope import RopeTables
@@ -137,32 +137,19 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
 
 def from_hf_config(values: dict[str, Any]) -> MoEConfig:
     """Read the `config.json` of a mixture of experts; ConfigError for what we do not run."""
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act is {values['hidden_act']!r}; only 'silu' is known here")
+    check_activation(values, "silu")
     choices = values.get("num_experts_per_tok", 2)
     if choices != 2:
         raise ConfigError(f"num_experts_per_tok is {choices}; SparseMixer routers pick 2")
-    heads, width = values["num_attention_heads"], values["hidden_size"]
     rope = read_rope({"rope_theta": ROPE_THETA} | values)
     return MoEConfig(
-        vocab_size=values["vocab_size"],
-        d_model=width,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or width // heads,
-        d_mlp=values["intermediate_size"],
+        **read_sizes(values, rope),
         num_experts=values["num_local_experts"],
         jitter_eps=values.get("router_jitter_noise", 0.01),
-        max_context=values["max_position_embeddings"],
-        rope_theta=rope.theta,
-        longrope=rope.longrope,
         sliding_window=values.get("sliding_window"),
         norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values.get("tie_word_embeddings", False),
         attention_bias=values.get("attention_bias", False),
         head_bias=values.get("lm_head_bias", False),
-        init_std=values.get("initializer_range", 0.02),
     )
 
 
@@ -183,8 +170,6 @@ def checkpoint_parts(config: MoEConfig, key: str) -> list[tuple[str, int | None]
             for expert in range(config.num_experts)
             for part in parts
         ]
-    stem, fused, kind = key.partition(".qkv_proj.")
-    if fused:
-        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-        return [(f"{stem}.{name}_proj.{kind}", n * config.head_dim) for name, n in heads.items()]
+    if ".qkv_proj." in key:
+        return qkv_parts(config, key)
     return [(key, None)]

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError
 from phikit.models.decoder import Decoder, DecoderConfig
-from phikit.models.hf import read_rope, renamed, write_rope
+from phikit.models.hf import (
+    check_activation,
+    qkv_parts,
+    read_rope,
+    read_sizes,
+    renamed,
+    write_rope,
+)
 from phikit.nn.attention import Attend, SelfAttention
 from phikit.nn.mlp import GeluMLP
 from phikit.nn.rope import RopeTables
@@ -105,25 +112,12 @@ def from_hf_config(values: dict[str, Any]) -> PhiConfig:
             "the checkpoint says qk_layernorm: true; no published Phi normalises queries and keys",
             fix="use a checkpoint with qk_layernorm: false",
         )
-    if values.get("hidden_act", "gelu_new") != "gelu_new":
-        raise ConfigError(f"hidden_act is {values['hidden_act']!r}; only 'gelu_new' is known here")
+    check_activation(values, "gelu_new")
     rope = read_rope(values, partial=0.5)
-    heads, width = values["num_attention_heads"], values["hidden_size"]
     return PhiConfig(
-        vocab_size=values["vocab_size"],
-        d_model=width,
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or width // heads,
-        d_mlp=values["intermediate_size"],
-        max_context=values["max_position_embeddings"],
-        rope_theta=rope.theta,
+        **read_sizes(values, rope),
         partial_rotary=rope.partial,
-        longrope=rope.longrope,
         norm_eps=values.get("layer_norm_eps", 1e-5),
-        tie_embeddings=values.get("tie_word_embeddings", False),
-        init_std=values.get("initializer_range", 0.02),
     )
 
 
@@ -140,10 +134,6 @@ _NAMES = {
 
 def checkpoint_parts(config: PhiConfig, key: str) -> list[tuple[str, int | None]]:
     """The checkpoint tensors that make up our parameter `key`; see `registry.Family.parts`."""
-    if ".qkv_proj." not in key:
-        return [(renamed(key, _NAMES), None)]
-    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-    return [
-        (key.replace("qkv_proj", f"{name}_proj"), count * config.head_dim)
-        for name, count in heads.items()
-    ]
+    if ".qkv_proj." in key:
+        return qkv_parts(config, key)
+    return [(renamed(key, _NAMES), None)]

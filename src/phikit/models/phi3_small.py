@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError
 from phikit.models.decoder import Decoder, DecoderConfig
-from phikit.models.hf import read_rope, renamed
+from phikit.models.hf import check_activation, read_rope, renamed
 from phikit.nn.attention import Attend, BlockSparse, SelfAttention
 from phikit.nn.mlp import ClampedGEGLU
 from phikit.nn.rope import RopeTables, rotate
@@ -199,8 +199,7 @@ def to_hf_config(config: Phi3SmallConfig) -> dict[str, Any]:
 
 def from_hf_config(values: dict[str, Any]) -> Phi3SmallConfig:
     """Read the `config.json` of a Phi-3-small; ConfigError for a feature we do not run."""
-    if values.get("hidden_act", "gegelu") != "gegelu":
-        raise ConfigError(f"hidden_act is {values['hidden_act']!r}; only 'gegelu' is known here")
+    check_activation(values, "gegelu")
     if values.get("rope_position_scale", 1.0) != 1.0:
         raise ConfigError(
             f"rope_position_scale is {values['rope_position_scale']}; published models have 1.0"

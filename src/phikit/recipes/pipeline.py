@@ -138,7 +138,7 @@ class Pipeline:
                 before = loaded or self._model_before(number)
                 loaded = self._train(folder, before, problems[folder.stage.name])
             else:
-                loaded = load(folder.model, dtype=parse_dtype(self.config.dtype))
+                loaded = self._load(folder.model)
             self._evaluate(loaded, problems[HELD_OUT], folder.path)
             self._write_results()
 
@@ -153,7 +153,7 @@ class Pipeline:
     def _model_before(self, number: int) -> Loaded | None:
         """What stage `number` starts from; None for a new base, which its stage makes."""
         if number > 0:
-            return load(self.folders[number - 1].model, dtype=parse_dtype(self.config.dtype))
+            return self._load(self.folders[number - 1].model)
         return None if isinstance(self.config.base, NewBase) else self._load_base()
 
     def _write_config(self) -> None:
@@ -204,6 +204,9 @@ class Pipeline:
         base = self.config.base
         assert not isinstance(base, NewBase)
         path = fetch(base.id, revision=base.revision) if isinstance(base, HubBase) else base.path
+        return self._load(path)
+
+    def _load(self, path: str | Path) -> Loaded:
         return load(path, dtype=parse_dtype(self.config.dtype))
 
     def _new_base(self, stage: PretrainStage) -> Loaded:
@@ -287,7 +290,7 @@ class Pipeline:
             "generated_tokens": totals.generated_tokens,
         }
         write_atomic(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
-        return load(folder.model, dtype=parse_dtype(config.dtype))
+        return self._load(folder.model)
 
     def _evaluation_path(self, folder: Path) -> Path:
         return folder / f"evaluation-{fingerprint(self.config.evaluation)[:8]}.json"
