@@ -7,8 +7,10 @@ alternate may be compared. A process to itself also gives each side a peak memor
 import multiprocessing
 import os
 import platform
+import signal
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from statistics import median
@@ -42,6 +44,8 @@ class Side(NamedTuple):
     name: str
     make: Callable[[Any], Play]
     job: Any
+    environment: tuple[tuple[str, str], ...] = ()
+    """What its process finds in its environment beside what is in ours."""
 
 
 class Result(NamedTuple):
@@ -65,7 +69,8 @@ class Seat:
         self._process = context.Process(
             target=_serve, args=(side.make, side.job, theirs), daemon=True
         )
-        self._process.start()
+        with _environment(side.environment):
+            self._process.start()
         theirs.close()
         self.name = side.name
         self.outcomes: list[Outcome] = []
@@ -104,10 +109,30 @@ class Seat:
         return Result(self.name, rates, facts, self.peak_bytes, self.idle_bytes)
 
     def _receive(self) -> Any:
-        kind, content = self._pipe.recv()
+        try:
+            kind, content = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"{self.name} ended by itself: {self._ending()}") from None
         if kind == "error":
             raise RuntimeError(f"{self.name} failed:\n{content}")
         return content
+
+    def _ending(self) -> str:
+        code = self._process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+@contextmanager
+def _environment(added: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Environment variables that a process started in here inherits."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(make: Callable[[Any], Play], job: Any, pipe: Connection) -> None:
@@ -139,18 +164,32 @@ def take_turns(sides: Sequence[Side], *, rounds: int, console: Console) -> list[
             seat.close()
 
 
-def fastest(sides: Sequence[Side], *, console: Console) -> Side:
-    """The side that is fastest in one round after a warm-up; those that fail drop out."""
+def fastest(sides: Sequence[Side], *, console: Console, rounds: int = 1) -> Side:
+    """The side with the fastest of some rounds after a warm-up; those that fail drop out.
+
+    Raises RuntimeError if all do.
+    """
     rates: dict[Side, float] = {}
     for side in sides:
         try:
             with Seat(side) as seat:
                 seat.play()
-                rates[side] = seat.play().rate
+                rates[side] = max(seat.play().rate for _ in range(rounds))
             console.print(f"  trial: {side.name} {rates[side]:,.1f}")
         except RuntimeError as error:
             console.print(f"  trial: {side.name} does not run: {str(error).splitlines()[-1]}")
+    if not rates:
+        raise RuntimeError(f"none of these runs: {', '.join(side.name for side in sides)}")
     return max(rates, key=lambda side: rates[side])
+
+
+def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Keep torch out of this process: a child's peak memory starts from its parent's."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
 
 
 def comparison(ours: Result, theirs: Result) -> dict[str, Any]:

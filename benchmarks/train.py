@@ -12,7 +12,6 @@ a folder: its replies then nearly all run to the limit, the same work for both s
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import measure_attention
-from benchmarks.duel import Side, comparison, fastest, machine, table, take_turns
+from benchmarks.duel import Side, comparison, fastest, in_a_process, machine, table, take_turns
 from benchmarks.train_sides import (
     PEERS,
     Job,
@@ -48,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="phikit-benchmark-") as folder:
         jobs = _jobs(Path(folder), options)
         longest = replace(jobs["grpo"], steps=max(job.steps for job in jobs.values()))
-        _in_a_process(prepare, longest, options.model)
+        in_a_process(prepare, longest, options.model)
         record: dict[str, Any] = {"machine": machine(PACKAGES), "threads": options.threads}
         for kind in options.only:
             rows = {}
@@ -94,15 +93,6 @@ def _jobs(folder: Path, options: argparse.Namespace) -> dict[str, Job]:
         small = {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 32, "micro_rows": 32}
         return {"sft": replace(base, steps=4), "grpo": replace(base, **small)}
     return {"sft": replace(base, steps=20), "grpo": base}
-
-
-def _in_a_process(function: Any, *arguments: Any) -> None:
-    """Keep torch out of this process: a child's peak memory starts from its parent's."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(process.exitcode)
 
 
 def _plain(job: Job) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from phikit.evals.stats import pooled
 from phikit.models.catalogue import CHECKPOINTS, Checkpoint
 from phikit.models.registry import FAMILIES, active_parameter_count, family_of, parameter_count
 from phikit.recipes import PIPELINES
+from phikit.serve.limits import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -148,6 +149,16 @@ def command_section(name: str, command: Any) -> str:
     return "\n".join([*lines, ""]) if options else "\n".join(lines)
 
 
+def limits_table() -> str:
+    """The bounds of `phikit serve`."""
+    lines = ["| limit | default | what |", "|:--|--:|:--|"]
+    for name, field in Limits.model_fields.items():
+        lines.append(
+            f"| `{name}` | {field.default} | {' '.join((field.description or '').split())} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def family_table() -> str:
     """Every family of the registry, with what `benchmarks/parity.py` measured."""
     file = RESULTS / "parity.json"
@@ -264,6 +275,51 @@ def training_benchmark() -> str:
     return "\n".join([*lines, "", f"{rounds} rounds, {record['threads']} threads, {packages}.", ""])
 
 
+def quantisation_table() -> str:
+    """What `benchmarks/quantise.py` measured: every way of quantising beside the original."""
+    file = RESULTS / "quantisation.json"
+    if not file.exists():
+        return "Not measured yet; `python -m benchmarks.quantise` does.\n"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| Bits | Method | Bits of embeddings and head | Megabytes | Perplexity | KL a token, nats "
+        "| The same on other text | Same likeliest token | Accuracy | CPU seconds |",
+        "|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    runs = record["runs"]
+    before = runs[0]["text"]["original_perplexity"]
+    solved = share(runs[0]["task"]["original"])
+    cells = ["32", "–", "32", f"{runs[0]['bytes'][0] / 1e6:.0f}", f"{before:.2f}", "0", "0", "all"]
+    lines.append("| " + " | ".join([*cells, solved, "–"]) + " |")
+    for run in runs:
+        config, text, other = run["quantisation"], run["text"], run["other_text"]
+        agreement, divergences = text["agreement"], (text["divergence"], other["divergence"])
+        cells = [
+            str(config["bits"]),
+            config["method"],
+            str(config["embedding_bits"]),
+            f"{run['bytes'][1] / 1e6:.0f}",
+            f"{text['changed_perplexity']:.2f}",
+            *(f"{found['mean']:.4f} ± {found['stderr']:.4f}" for found in divergences),
+            f"{100 * agreement['mean']:.1f} ± {100 * agreement['stderr']:.1f} %",
+            share(run["task"]["changed"]),
+            f"{run['cpu_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"{runs[0]['text']['tokens']:,} tokens of held-out text, "
+        f"{runs[0]['task']['original']['n']} problems; ± is the standard error, over rows of text "
+        f"and over problems. The other text has {runs[0]['other_text']['tokens']:,} tokens. Groups "
+        f"of {runs[0]['quantisation']['group']}; threads: {record['threads']}."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def share(summary: dict[str, Any]) -> str:
+    """An accuracy with its standard error, in percent."""
+    return f"{100 * summary['accuracy']:.1f} ± {100 * summary['stderr']:.1f} %"
+
+
 def full_size() -> str:
     """What `benchmarks/full_size.py` measured, medians over rounds."""
     rounds = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))["rounds"]
@@ -282,6 +338,131 @@ def full_size() -> str:
     return "\n".join([*lines, "", f"Medians of {len(rounds)} rounds. {agreement}", ""])
 
 
+def decoding_benchmark() -> str:
+    """What `benchmarks/decode.py` measured on SmolLM2: a table of sides, and one of targets."""
+    record = decode_results().get("smollm2")
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.decode` does.\n"
+    sides = [
+        "| | side | tokens / s, median | lowest–highest | peak memory, MiB |",
+        "|:--|:--|--:|--:|--:|",
+    ]
+    targets = [
+        "| | phikit | beside | ratio of medians | in rounds | wanted |",
+        "|:--|:--|:--|--:|--:|--:|",
+    ]
+    for name, row in record["comparisons"].items():
+        for number, side in enumerate(row["sides"]):
+            rates = side["rates"]
+            middle, low, high = (
+                f"{value:,.0f}" for value in (median(rates), min(rates), max(rates))
+            )
+            cells = ["" if number else name, side["name"], middle, f"{low}–{high}"]
+            sides.append("| " + " | ".join([*cells, f"{side['peak_bytes'] / 2**20:,.0f}"]) + " |")
+        sides += [f"| | {failed} | could not run | | |" for failed in row["could_not_run"]]
+        targets += [target_row(name, target) for target in row["targets"]]
+    machine = record["machine"]
+    packages = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers"))
+    words = f"{len(rates)} rounds, {record['threads']} threads, {packages}; "
+    words += f"llama.cpp of {record['llama_cpp']}."
+    return "\n".join([*targets, "", *sides, "", words, ""])
+
+
+def target_row(name: str, target: dict[str, Any]) -> str:
+    """One ratio and what was wanted of it."""
+    cells = [name, target["ours"].removeprefix("phikit "), target["peer"]]
+    if target["ratio"] is None:
+        cells += ["could not run", ""]
+    else:
+        low, high = target["ratios_of_rounds"]
+        cells += [f"{target['ratio']:.2f}", f"{low:.2f}–{high:.2f}"]
+    return "| " + " | ".join([*cells, f"{target['factor']}"]) + " |"
+
+
+def geometry_benchmark() -> str:
+    """What `benchmarks/decode.py --geometry phi4-mini` measured."""
+    record = decode_results().get("geometry")
+    if record is None:
+        return "Not measured yet; `python -m benchmarks.decode --geometry phi4-mini` does.\n"
+    lines = [
+        "| | tokens / s | GB read for a token | share of memory's speed | in rounds | wanted "
+        "| peak memory, GB |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+    ]
+    for side in record["sides"]:
+        low, high = (100 * bound(side["shares_of_rounds"]) for bound in (min, max))
+        cells = [
+            side["name"],
+            f"{median(side['rates']):.2f}",
+            f"{side['facts']['bytes_per_token'] / 1e9:.2f}",
+            f"{100 * side['share']:.0f} %",
+            f"{low:.0f}–{high:.0f} %",
+            f"{100 * side['wanted']:.0f} %",
+            f"{side['peak_bytes'] / 1e9:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    speeds = [speed / 1e9 for speed in record["memory_bytes_per_s"]]
+    words = f"Memory was read at {median(speeds):.1f} GB / s ({min(speeds):.1f}–{max(speeds):.1f}) "
+    words += f"in the same {len(speeds)} rounds, with {record['threads']} threads."
+    return "\n".join([*lines, "", words, ""])
+
+
+def decode_results() -> dict[str, Any]:
+    file = RESULTS / "decode.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def rollout_benchmark() -> str:
+    """What `benchmarks/rollout.py` measured."""
+    file = RESULTS / "rollout.json"
+    if not file.exists():
+        return "Not measured yet; `python -m benchmarks.rollout` does.\n"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    row = record["row"]
+    lines = [
+        "| | tokens / s, median | lowest–highest | drawing tokens | peak memory, MiB |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for side, share in zip(row["sides"], row["sampler_shares"], strict=True):
+        rates = side["rates"]
+        cells = [side["name"], f"{median(rates):,.0f}", f"{min(rates):,.0f}–{max(rates):,.0f}"]
+        cells += [f"{100 * share:.1f} % of the time", f"{side['peak_bytes'] / 2**20:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    low, high = row["ratios_of_rounds"]
+    words = f"Ratio of medians {row['ratio_of_medians']:.2f}, in rounds {low:.2f}–{high:.2f}; "
+    words += f"wanted {record['target']}. {len(rates)} rounds, {record['threads']} threads."
+    return "\n".join([*lines, "", words, ""])
+
+
+def router_table() -> str:
+    """What `benchmarks/router.py` measured: every signal at its threshold from validation."""
+    file = RESULTS / "router.json"
+    if not file.exists():
+        return "Not measured yet; `python -m benchmarks.router` does.\n"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| Signal | Threshold | To the cloud | Accuracy | Of the gap, 95 % interval "
+        "| The local model alone | The cloud alone |",
+        "|:--|--:|--:|--:|--:|--:|--:|",
+    ]
+    for signal, row in record["signals"].items():
+        kept, low, high = (100 * row[key] for key in ("kept", "kept_low", "kept_high"))
+        cells = [
+            f"**{signal}**" if signal == record["chosen"] else signal,
+            f"{row['threshold']:.3g}".replace("-", "−"),
+            f"{100 * row['share']:.1f} %",
+            share(row),
+            f"{kept:.0f} % [{low:.0f}, {high:.0f}]",
+            *(f"{100 * row[side]['mean']:.1f} %" for side in ("local", "cloud")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    problems, target = row["problems"], record["target"]
+    words = f"{problems} test problems. Wanted: at most {100 * target['share']:.0f} % of the calls "
+    words += f"and at least {100 * target['kept']:.0f} % of the gap, with the signal that was best "
+    words += f"on {row['validation']['n']} others (bold): {'met' if record['met'] else 'missed'}."
+    return "\n".join([*lines, "", words, ""])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
@@ -292,6 +473,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoint_table,
     "training benchmark": training_benchmark,
     "full size": full_size,
+    "quantisation": quantisation_table,
+    "decoding benchmark": decoding_benchmark,
+    "geometry benchmark": geometry_benchmark,
+    "rollout benchmark": rollout_benchmark,
+    "router": router_table,
+    "limits": limits_table,
 }
 
 if __name__ == "__main__":

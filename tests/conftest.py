@@ -25,6 +25,7 @@ PROSE = (
 
 # One worker is one core: a second thread per worker only makes two workers wait for each other.
 torch.set_num_threads(1)
+os.environ["PHIKIT_HISTORY"] = "off"  # no test writes into the history of who runs it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a test forks
 
 # The same inputs on every machine, and no time limit for one input: a shared machine may stall.

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from phikit.generate import engine as engine_module
-from phikit.generate.cache import GroupCache
+from phikit.base.errors import ContextOverflowError
+from phikit.generate.blocks import BLOCK_TOKENS
+from phikit.generate.cache import block_bytes
 from phikit.generate.engine import Engine
 from phikit.generate.request import Completion, Request
 from phikit.models.dense import DenseModel
@@ -46,33 +47,23 @@ def uncached_greedy(model: DenseModel, request: Request) -> list[int]:
     return tokens[len(request.prompt) :]
 
 
-@pytest.fixture
-def compactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of cells kept at each compaction."""
-    kept: list[int] = []
-    keep = GroupCache.keep
-
-    def counted(self: GroupCache, grid_PG: torch.Tensor) -> None:
-        kept.append(grid_PG.numel())
-        keep(self, grid_PG)
-
-    monkeypatch.setattr(GroupCache, "keep", counted)
-    return kept
+def small_cache(model: DenseModel, blocks: int, **settings: Any) -> Engine:
+    """An engine whose cache holds this many blocks."""
+    return Engine(model, cache_bytes=blocks * block_bytes(model.config, model.dtype), **settings)
 
 
 @pytest.mark.parametrize("max_rows", [4, 512])
-@pytest.mark.parametrize("prefill_tokens", [16, 8192])
-def test_greedy_is_uncached_greedy(model, compactions, max_rows, prefill_tokens):
+@pytest.mark.parametrize("step_tokens", [16, 2048])
+def test_greedy_is_uncached_greedy(model, max_rows, step_tokens):
     requests = [
         Request(prompt, max_new_tokens=1 + i % 24, temperature=0.0, stop_ids=(7, 90 + i))
         for i, prompt in enumerate(prompts(12, longest=6))
     ]
-    engine = Engine(model, max_rows=max_rows, prefill_tokens=prefill_tokens)
+    engine = Engine(model, max_rows=max_rows, step_tokens=step_tokens)
     for request, [completion] in zip(requests, engine.generate(requests), strict=True):
         assert completion.tokens == uncached_greedy(model, request)
         stopped = completion.tokens[-1] in request.stop_ids
         assert completion.finish_reason == ("stop" if stopped else "length")
-    assert compactions
 
 
 def test_short_and_long_prompts_in_one_call(model):
@@ -89,19 +80,18 @@ CONTEXT = 14
 CROSSING = {"tie_embeddings": False, "longrope": {**FACTORS, "original_context": CONTEXT}}
 
 
-@pytest.mark.parametrize("prefill_tokens", [16, 8192])
+@pytest.mark.parametrize("step_tokens", [16, 2048])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 9}])
-def test_crossing_the_original_context(tiny_model, compactions, changes, prefill_tokens):
+def test_crossing_the_original_context(tiny_model, changes, step_tokens):
     """Rows cross at different steps, as groups, beside rows that never do or that began beyond."""
     model = tiny_model(**CROSSING, **changes)
     requests = [
         Request(list(range(length)), max_new_tokens=new, num_samples=3, temperature=0.0)
         for length, new in ((3, 24), (13, 9), (14, 12), (1, 8), (20, 6), (9, 30))
     ]
-    engine = Engine(model, prefill_tokens=prefill_tokens)
+    engine = Engine(model, step_tokens=step_tokens)
     for request, samples in zip(requests, engine.generate(requests), strict=True):
         assert [s.tokens for s in samples] == [uncached_greedy(model, request)] * 3
-    assert compactions
     never = tiny_model(**{**CROSSING, **changes, "longrope": None})
     assert any(uncached_greedy(never, r) != uncached_greedy(model, r) for r in requests)
 
@@ -118,24 +108,34 @@ def test_samples_across_the_original_context(tiny_model):
             assert log_prob == pytest.approx(float(logits.log_softmax(-1)[tokens[end]]), abs=1e-4)
 
 
-def test_little_memory_for_the_cache_changes_nothing(model):
+@pytest.mark.parametrize("blocks", [2, 3, 7])
+def test_little_memory_for_the_cache_changes_nothing(model, blocks):
+    """Sequences give their blocks up to older ones and compute them again later."""
     requests = [sampled(prompt, seed) for seed, prompt in enumerate(prompts(5, longest=9))]
+    engine = small_cache(model, blocks)
     for little, much in zip(
-        Engine(model, cache_bytes=20_000).generate(requests),
-        Engine(model).generate(requests),
-        strict=True,
+        engine.generate(requests), Engine(model).generate(requests), strict=True
     ):
         assert_same(little, much)
+    assert engine.pool.available == blocks
 
 
-def test_equal_samples_of_a_greedy_group(model, compactions):
+def test_a_request_beyond_the_cache_is_refused_at_once(model):
+    engine = small_cache(model, 2)
+    with pytest.raises(
+        ContextOverflowError, match=rf"= 40, and the cache holds {2 * BLOCK_TOKENS}"
+    ):
+        engine.submit(Request([1] * 30, max_new_tokens=10))
+    assert not engine.busy
+
+
+def test_equal_samples_of_a_greedy_group(model):
     requests = [
         Request(prompt, max_new_tokens=5 + 6 * i, num_samples=3, temperature=0.0)
         for i, prompt in enumerate(prompts(4, longest=6))
     ]
     for request, samples in zip(requests, Engine(model).generate(requests), strict=True):
         assert [s.tokens for s in samples] == [uncached_greedy(model, request)] * 3
-    assert compactions
 
 
 def sampled(prompt: Sequence[int], seed: int, **changes: Any) -> Request:
@@ -150,10 +150,9 @@ def assert_same(a: list[Completion], b: list[Completion]) -> None:
         assert x.log_probs == pytest.approx(y.log_probs, abs=1e-4)
 
 
-def test_samples_depend_on_nothing_else_in_the_batch(model, compactions):
+def test_samples_depend_on_nothing_else_in_the_batch(model):
     requests = [sampled(prompt, seed) for seed, prompt in enumerate(prompts(7, longest=6))]
     together = Engine(model).generate(requests)
-    assert compactions
     for request, samples in zip(requests, together, strict=True):
         [alone] = Engine(model).generate([request])
         assert_same(alone, samples)
@@ -202,14 +201,3 @@ def test_progress_counts_every_token_and_completion(model):
     results = Engine(model, max_rows=4).generate(requests, on_progress=lambda *n: seen.append(n))
     assert sum(n for n, _ in seen) == sum(len(c.tokens) for group in results for c in group)
     assert sum(n for _, n in seen) == 10
-
-
-def test_compaction_threshold_changes_nothing(model, monkeypatch: pytest.MonkeyPatch):
-    requests = [sampled(prompt, seed) for seed, prompt in enumerate(prompts(5, longest=9))]
-    results = []
-    for share in (0.0, 0.7, 1.0):
-        monkeypatch.setattr(engine_module, "SHRINK", share)
-        results.append(Engine(model).generate(requests))
-    for never, usual, always in zip(*results, strict=True):
-        assert_same(never, usual)
-        assert_same(never, always)

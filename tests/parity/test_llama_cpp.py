@@ -5,6 +5,8 @@ to 0.005; a wrong order of rows, rotation or factor gives differences of the siz
 """
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,10 +21,11 @@ from tests.unit.weights.test_gguf_out import SPLITS, sentencepiece, with_split
 
 from phikit.chat.message import Message
 from phikit.chat.render import renderer_for
+from phikit.weights.gguf_blocks import quantised
 from phikit.weights.gguf_out import save_gguf
 from phikit.weights.load import Loaded, load
 
-pytest.importorskip("gguf", reason="needs the gguf package")
+gguf = pytest.importorskip("gguf", reason="needs the gguf package")
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the llama-cpp-python package")
 
 SIZE = {"d_model": 64, "head_dim": 16, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 340}
@@ -74,6 +77,64 @@ def test_logits(config, tokens, context, tiny_model, tmp_path: Path):
     ours = load(path, dtype=torch.float32).model(ids[None])[0]
     assert ours.abs().max() > 2
     torch.testing.assert_close(ours, expected, atol=0.01, rtol=0)
+
+
+CHILD = """
+import sys, numpy as np, llama_cpp
+make = llama_cpp.llama_cpp.llama_model_default_params
+def plain():
+    parameters = make()
+    parameters.use_extra_bufts = False
+    return parameters
+llama_cpp.llama_cpp.llama_model_default_params = plain
+model = llama_cpp.Llama(sys.argv[1], verbose=False, n_threads=1, n_threads_batch=1,
+                        n_ctx=256, n_batch=1, n_ubatch=1, logits_all=True, type_k=0, type_v=0)
+for id_ in sys.argv[3:]:
+    model.eval([int(id_)])
+np.save(sys.argv[2], np.array(model.scores[:len(sys.argv) - 3]))
+"""
+"""One token after the other: products of quantised matrices crash in some virtual machines, which
+is also why they run in a process of their own."""
+
+
+def with_8_bit_inputs(model: torch.nn.Module) -> None:
+    """llama.cpp rounds what it multiplies a quantised matrix with to Q8_0."""
+
+    def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        [x] = inputs
+        blocks = quantised(x.reshape(-1, x.shape[-1]), "q8_0").numpy()
+        exact = gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+        return torch.from_numpy(exact).view(x.shape)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_logits_of_quantised_files(quant, tiny_model, tmp_path: Path):
+    model = tiny_model(**{**SIZE, "layout": "llama", "partial_rotary": 1.0})
+    tokenizer = with_split(small("chatml"), "gpt-4o")
+    path, logits = tmp_path / "m.gguf", tmp_path / "logits.npy"
+    save_gguf(path, Loaded(model, tokenizer, renderer_for(tokenizer, "smollm2")), quant=quant)
+    ids = torch.randint(0, 340, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, path, logits, *map(str, ids)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if child.returncode < 0:
+        pytest.skip(f"llama.cpp was killed by signal {-child.returncode} on this machine")
+    assert child.returncode == 0, child.stderr
+    expected = torch.from_numpy(np.load(logits))
+    ours = load(path, dtype=torch.float32).model
+    with_8_bit_inputs(ours)
+    found = ours(torch.tensor([ids]))[0]
+    assert found.abs().max() > 2
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
 
 
 def texts(count: int) -> Iterator[str]:

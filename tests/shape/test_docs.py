@@ -16,7 +16,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *(ROOT / "docs").glob("*.md"),
 ]
-FROM_CODE = ("recipes", "commands", "settings", "families", "checkpoints")
+FROM_CODE = ("recipes", "commands", "settings", "families", "checkpoints", "limits")
 """Generated parts that need no measurement, or one that lies in docs/results/."""
 
 

@@ -56,6 +56,8 @@ def imports(source: str) -> Iterator[Import]:
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             inside = True
+        if isinstance(node, ast.Try) and "raise MissingExtraError" in ast.unparse(node):
+            inside = True  # without the extra the file says what to install
         for child in ast.iter_child_nodes(node):
             yield from visit(child, at_top and not inside)
 
@@ -172,6 +174,8 @@ def test_the_third_party_check_sees():
     assert faults("import torch.nn, json, phikit.base") == []
     assert faults("def f():\n    import wandb") == []
     assert faults("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import wandb") == []
+    missing = "except ImportError as e:\n    raise MissingExtraError('wandb', 'wandb') from e"
+    assert faults(f"try:\n    import wandb\n{missing}") == []
     assert faults("import wandb") != []
     assert faults("try:\n    import wandb\nexcept ImportError:\n    pass") != []
     assert faults("def f():\n    import requests") != []

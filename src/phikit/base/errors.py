@@ -50,6 +50,41 @@ class ContextOverflowError(PhikitError):
     """A sequence longer than the model's context."""
 
 
+class ReplyTimeoutError(PhikitError):
+    """A reply was not finished in the time it was given."""
+
+
+class RemoteError(PhikitError):
+    """A model elsewhere refused a request, or answered what cannot be used.
+
+    Args:
+        may_be_billed: the model may have worked on the request all the same.
+    """
+
+    def __init__(self, what: str, *, fix: str | None = None, may_be_billed: bool = False) -> None:
+        super().__init__(what, fix=fix)
+        self.may_be_billed = may_be_billed
+
+
+class RemoteUnavailableError(RemoteError):
+    """A model elsewhere cannot be reached or has no time, and may have some later.
+
+    Args:
+        retry_after_s: when it is worth to ask again, if the model's side said so.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        fix: str | None = None,
+        may_be_billed: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(what, fix=fix, may_be_billed=may_be_billed)
+        self.retry_after_s = retry_after_s
+
+
 class NumericsError(PhikitError):
     """A loss, gradient or logit that is not finite."""
 

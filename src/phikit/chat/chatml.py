@@ -36,11 +36,11 @@ class ChatMLRenderer(TurnRenderer):
         super().__init__(tokenizer, opens=[self._start, "assistant\n"], end="<|im_end|>")
         self.name = name
         self.template = _chatml_template(default_system)
-        self._default_system = default_system
+        self.default_system = default_system
 
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
-        if self._default_system is not None and messages[0].role != "system":
-            messages = [Message("system", self._default_system), *messages]
+        if self.default_system is not None and messages[0].role != "system":
+            messages = [Message("system", self.default_system), *messages]
         return [
             self._answer(message, after="\n")
             if message.role == "assistant"
@@ -66,22 +66,22 @@ class Phi4Renderer(TurnRenderer):
         super().__init__(tokenizer, opens=opens, end="<|im_end|>")
         self.name = name
         self.template = _phi4_template(opening)
-        self._opening = opening
+        self.opening = opening
 
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
         turns = []
-        if self._opening is not None:
-            text = self._tokenizer.mark(self._opening)
+        if self.opening is not None:
+            text = self._tokenizer.mark(self.opening)
             turns.append(self._framed(self._start, "system", self._separator, *text, self._end))
         for message in messages:
             if message.role == "assistant":
                 turns.append(self._answer(message))
             elif message.role == "tool":
                 raise ChatError(f"{self.name} has no tool turns", fix="let the user say it")
-            elif message.role == "user" or self._opening is None:
+            elif message.role == "user" or self.opening is None:
                 parts = [self._start, message.role, self._separator, message.content, self._end]
                 turns.append(self._framed(*parts))
-            elif message.content.strip() != self._opening.strip():
+            elif message.content.strip() != self.opening.strip():
                 raise ChatError(
                     f"{self.name} always opens with its own system text and has no other",
                     fix="put the instruction into the first user message",

@@ -67,13 +67,15 @@ class PhiRenderer(TurnRenderer):
         super().__init__(tokenizer, opens=opens, end="<|end|>")
         self.name = name
         self.template = _phi4_mini_template(identity)
-        self._identity = identity
+        self.identity = identity
+        # Phi-4-mini-reasoning writes the tags of its thoughts as text.
+        self.thinks = self.thinks or identity is not None
 
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
         special = self._tokenizer.special
         turns = []
-        if self._identity is not None:
-            system: list[Part] = [special("<|system|>"), self._identity]
+        if self.identity is not None:
+            system: list[Part] = [special("<|system|>"), self.identity]
             for message in messages:
                 if message.role == "system":
                     system += [" ", *self._system(message)]
@@ -131,11 +133,11 @@ class Phi3Renderer(TurnRenderer):
         super().__init__(tokenizer, opens=opens, end="<|end|>", stops=["<|assistant|>"])
         self.name = name
         self.template = _phi3_template(system, begins)
-        self._system_turns = system
-        self._begins = None if begins is None else tokenizer.special(begins)
+        self.system_turns = system
+        self.begins = begins
 
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
-        turns = [] if self._begins is None else [Turn([self._begins])]
+        turns = [] if self.begins is None else [Turn([self._tokenizer.special(self.begins)])]
         for message in messages:
             if message.role == "assistant":
                 turns.append(self._answer(message, after="\n"))
@@ -148,12 +150,12 @@ class Phi3Renderer(TurnRenderer):
 
     def _has_turn(self, message: Message) -> bool:
         """Whether there is a turn for a system message."""
-        if self._system_turns == "never" and message.content:
+        if self.system_turns == "never" and message.content:
             raise ChatError(
                 f"{self.name} has no system turns",
                 fix="put the instruction into the first user message",
             )
-        return self._system_turns == "always" or message.content != ""
+        return self.system_turns == "always" or message.content != ""
 
 
 def phi3_small(tokenizer: Tokenizer) -> Phi3Renderer:

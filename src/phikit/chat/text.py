@@ -23,6 +23,7 @@ class TextRenderer:
 
     name = "text"
     template = ""
+    thinks = False
 
     def __init__(self, tokenizer: Tokenizer, *, end: str = "") -> None:
         self._tokenizer = tokenizer

@@ -42,11 +42,13 @@ class Renderer(Protocol):
         template: the same rendering as jinja, for `chat_template.jinja`.
         stop_ids: tokens that end a reply; the first is the one replies are trained to end with,
             the last is the end of text where the tokenizer has one.
+        thinks: whether its models may open a reply with a thought.
     """
 
     name: str
     template: str
     stop_ids: tuple[int, ...]
+    thinks: bool
 
     def prompt(self, messages: Sequence[Message], *, media: MediaTokens | None = None) -> list[int]:
         """Tokens of the conversation, ending where the assistant's reply begins.
@@ -106,14 +108,15 @@ class TurnRenderer(ABC):
         self._tokenizer = tokenizer
         self._opens = list(opens)
         tail = tokenizer.stretches(opens)[-1:]
-        # The text between the last special token and the reply.
-        self._lead = tail[0] if tail and isinstance(tail[0], str) else ""
+        # The text between the last special token and the reply, which decoding goes on from.
+        self.lead = tail[0] if tail and isinstance(tail[0], str) else ""
         self._end = tokenizer.special(end)
         special = tokenizer.specials.get
         further = [special(name) for name in (*stops, END_OF_TEXT)]
         self.stop_ids = tuple(dict.fromkeys([self._end, *(i for i in further if i is not None)]))
         # One special token each if the tokenizer has both; otherwise they are ordinary text.
         self._think, self._end_think = special("<think>"), special("</think>")
+        self.thinks = self._think is not None and self._end_think is not None
         self._call, self._end_call = special("<|tool_call|>"), special("<|/tool_call|>")
 
     @abstractmethod
@@ -144,12 +147,11 @@ class TurnRenderer(ABC):
 
     def parse(self, tokens: Sequence[int]) -> Message:
         ids = list(itertools.takewhile(lambda id_: id_ not in self.stop_ids, tokens))
-        marked = self._think is not None and self._end_think is not None
-        if not marked:
-            content, calls, note = self._read_calls(ids, self._lead)
-            return _split_thinking(Message("assistant", content, tool_calls=calls, note=note))
+        if self._think is None or self._end_think is None:
+            content, calls, note = self._read_calls(ids, self.lead)
+            return split_thinking(Message("assistant", content, tool_calls=calls, note=note))
         if ids[:1] != [self._think]:
-            content, calls, note = self._read_calls(ids, self._lead)
+            content, calls, note = self._read_calls(ids, self.lead)
             return Message("assistant", content, tool_calls=calls, note=note)
         decode = self._tokenizer.decode
         if self._end_think not in ids:
@@ -192,7 +194,7 @@ class TurnRenderer(ABC):
             thinking = encode(f"\n{message.thinking}\n")
             ids = [self._think, *thinking, self._end_think, *encode(f"\n{message.content}")]
         else:
-            ids = self._tokenizer.encode_after(self._lead, with_thinking(message))
+            ids = self._tokenizer.encode_after(self.lead, with_thinking(message))
         if message.tool_calls:
             call = self._tokenizer.special("<|tool_call|>")
             end_call = self._tokenizer.special("<|/tool_call|>")
@@ -248,7 +250,7 @@ def with_thinking(message: Message) -> str:
     return f"<think>\n{message.thinking}\n</think>\n{message.content}"
 
 
-def _split_thinking(reply: Message) -> Message:
+def split_thinking(reply: Message) -> Message:
     """Inverts `with_thinking`."""
     if not reply.content.startswith("<think>"):
         return reply

@@ -2,100 +2,127 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phikit.base.errors import PhikitError
-from phikit.cli.locate import RUN_HELP, locate
+from phikit.cli.chat_web import Adapters, Port, Web, chat_web
+from phikit.cli.generate import MinP, RepetitionPenalty, Stop, TopK, TopP
+from phikit.cli.lines import Interrupts, line_editing, piped, typed
+from phikit.cli.locate import RUN_HELP, complete_model, locate
+from phikit.cli.speaker import Cache, Draft, Dtype, Lookup, NoHistory, open_speaker
 
 if TYPE_CHECKING:
     from phikit.cli.conversation import Conversation
+    from phikit.generate.language_model import LanguageModel
+
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="FILE", help="Show an image with the first question."),
+]
+Audio = Annotated[
+    list[str] | None,
+    typer.Option("--audio", metavar="FILE", help="Play a clip with the first question."),
+]
 
 
 def chat(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP)],
+    context: typer.Context,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_model)
+    ],
+    images: Images = None,
+    audio: Audio = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")
     ] = 0.6,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Longest reply, in tokens.")
     ] = 512,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the replies.")] = 0,
+    dtype: Dtype = None,
+    draft: Draft = None,
+    lookup: Lookup = False,
+    cache: Cache = None,
+    no_history: NoHistory = False,
+    web: Web = False,
+    port: Port = None,
+    adapters: Adapters = None,
 ) -> None:
-    """Talk to a model. From a pipe, every line is a question by itself."""
-    from phikit.cli.conversation import Conversation, Settings
-    from phikit.weights.load import load
+    """Talk to a model. From a pipe, every line is a question by itself.
 
-    place = locate(run)
-    loaded = load(place.model)
+    A line that ends in a backslash goes on in the next one; lines between two \"\"\" are one
+    question. /help lists the commands: show an image, take a question back, ask it again, change
+    the model. Ctrl-C stops a reply, twice in quick succession leaves.
+
+    What is said is kept for `phikit history`.
+    """
+    if web or port is not None or adapters:
+        chat_web(context.params)
+        return
+    from phikit.chat.history import Recorder
+    from phikit.cli.conversation import Conversation, Settings
+
+    def opened(name: str) -> "LanguageModel":
+        guesser = draft if name == run else None
+        return open_speaker(name, dtype=dtype, draft=guesser, lookup=lookup, cache=cache)
+
+    others = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop or ()}
     settings = Settings(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         system=system,
         seed=seed,
+        others={**others, "repetition_penalty": repetition_penalty},  # pyright: ignore
         # The recipes train on single questions; a second turn is outside of what they saw.
-        remembers=place.stage is None and sys.stdin.isatty(),
+        remembers=locate(run).stage is None and sys.stdin.isatty(),
     )
-    conversation = Conversation(loaded, settings)
-    if sys.stdin.isatty():
-        conversation.greet()
-        _talk(conversation, _typed())
-    elif not _talk(conversation, _piped()):
-        raise typer.Exit(1)
+    recorder = Recorder(model=run, source="chat", warn=_warn, is_on=not no_history)
+    conversation = Conversation(opened(run), settings, recorder=recorder, load=opened)
+    conversation.show(images=images or (), audio=audio or ())
+    try:
+        _hold(conversation, keeps_lines=recorder.is_on)
+    finally:
+        recorder.close()
 
 
-def _talk(conversation: "Conversation", lines: Iterator[str]) -> bool:
-    """Take lines to the end; a question that fails does not stop the others. Did all go well?"""
+def _hold(conversation: "Conversation", *, keeps_lines: bool) -> None:
+    """Take inputs to their end."""
+    interrupts = Interrupts()
+    if not sys.stdin.isatty():
+        if not _talk(conversation, piped(), interrupts):
+            raise typer.Exit(1)
+        return
+    conversation.greet()
+    with line_editing(conversation.commands, keeps=keeps_lines):
+        _talk(conversation, typed(interrupts), interrupts)
+
+
+def _talk(conversation: "Conversation", inputs: Iterator[str], interrupts: Interrupts) -> bool:
+    """Take inputs to the end; a question that fails does not stop the others. Did all go well?"""
     went_well = True
-    for line in lines:
+    for text in inputs:
         try:
-            if not conversation.take(line):
+            if not conversation.take(text):
                 break
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
             typer.echo("(stopped)")
+            if interrupts.again():
+                break
         except PhikitError as error:
             typer.echo(f"phikit: {error}", err=True)
             went_well = False
     return went_well
 
 
-def _typed() -> Iterator[str]:
-    """Lines from the keyboard, with history and editing where this Python has readline."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - importing it is what turns line editing on
-    pending = ""
-    while True:
-        try:
-            pending += input(". " if pending else "> ")
-        except EOFError:
-            typer.echo()
-            return
-        except KeyboardInterrupt:
-            typer.echo("\n/quit leaves")
-            pending = ""
-            continue
-        if pending.endswith("\\"):
-            pending = f"{pending[:-1]}\n"
-            continue
-        yield pending
-        pending = ""
-
-
-def _piped() -> Iterator[str]:
-    """Lines of standard input; one that ends in a backslash is joined with the next."""
-    # An invalid byte becomes a lone surrogate, which the tokenizer refuses by name.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore
-    pending = ""
-    for line in sys.stdin:
-        pending += line.rstrip("\r\n")
-        if pending.endswith("\\"):
-            pending = f"{pending[:-1]}\n"
-            continue
-        yield pending
-        pending = ""
-    yield pending
+def _warn(message: str) -> None:
+    typer.echo(f"phikit: {message}", err=True)

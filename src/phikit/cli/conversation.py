@@ -7,22 +7,42 @@ is what `parse` returns.
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
 from rich.console import Console
 
-from phikit.base.errors import ChatError, ContextOverflowError
+from phikit.base.errors import ChatError, ConfigError, ContextOverflowError
 from phikit.base.files import write_atomic
+from phikit.chat.history import Medium, Recorder, Turn
 from phikit.chat.message import Message
-from phikit.generate.engine import Engine
+from phikit.generate.language_model import (
+    LanguageModel,
+    Options,
+    check_drawing,
+    cut_message,
+    of,
+    stop_strings,
+)
 from phikit.generate.request import Request
+from phikit.generate.stops import CLOSES, OPENS, visible
 from phikit.weights.load import Loaded
 
-OPENS, CLOSES = "<think>", "\n</think>"
+SETTABLE: Mapping[str, Callable[[str], Any]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+    "seed": int,
+}
+"""What /set takes, and how its value is read."""
 
 
 @dataclass
@@ -36,50 +56,102 @@ class Settings:
     remembers: bool = True
     """Whether a question is asked together with the turns before it."""
     shows_thinking: bool = True
+    others: Options = field(default_factory=Options)
+    """How else tokens are drawn, and where a reply stops."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question, the files that it showed, and the reply to it."""
+
+    question: str
+    images: tuple[str, ...]
+    audio: tuple[str, ...]
+    reply: Message
 
 
 class Conversation:
-    """Takes lines: commands that begin with a slash, and questions."""
+    """Takes lines: commands that begin with a slash, and questions.
+
+    Args:
+        loaded: the model to talk to.
+        settings: what commands change.
+        console: where replies go; standard output by default.
+        recorder: writes down what is said; None keeps nothing.
+        load: opens another model, by its name.
+    """
 
     def __init__(
-        self, loaded: Loaded, settings: Settings, *, console: Console | None = None
+        self,
+        loaded: Loaded,
+        settings: Settings,
+        *,
+        console: Console | None = None,
+        recorder: Recorder | None = None,
+        load: Callable[[str], Loaded] | None = None,
     ) -> None:
-        self.loaded, self.settings = loaded, settings
+        self.model, self.settings = _speaker(loaded), settings
         self.console = console or Console(highlight=False)
-        self.engine = Engine(loaded.model)
-        self.turns: list[Message] = []
+        self.exchanges: list[Exchange] = []
         """What was said since the last /reset."""
+        self._recorder, self._load = recorder, load
+        self._images: list[str] = []
+        self._audio: list[str] = []
         self._asked = 0
         self._commands: dict[str, Callable[[str], bool]] = {
             "help": self._help,
+            "image": self._image,
+            "audio": self._clip,
+            "undo": self._undo,
+            "retry": self._retry,
             "reset": self._reset,
             "system": self._system,
+            "set": self._set,
             "temperature": self._temperature,
             "think": self._think,
             "memory": self._memory,
+            "model": self._model,
             "save": self._save,
             "quit": self._quit,
         }
 
+    @property
+    def commands(self) -> list[str]:
+        """What lines may begin with."""
+        return [f"/{name}" for name in self._commands]
+
+    @property
+    def turns(self) -> list[Message]:
+        """What was said since the last /reset, as messages."""
+        return _messages(self.exchanges)
+
     def greet(self) -> None:
         """Say what can be done here."""
-        config = self.loaded.config
-        self._note(f"{self.loaded.path}: context {config.max_context} tokens. /help for commands.")
+        config = self.model.config
+        self._note(f"{self.model.path}: context {config.max_context} tokens. /help for commands.")
         if not self.settings.remembers:
             self._note("Each question is asked by itself, as in training; /memory on keeps turns.")
+
+    def show(self, *, images: Sequence[str] = (), audio: Sequence[str] = ()) -> None:
+        """Show these files with the next question; ChatError if one is not there."""
+        for path in (*images, *audio):
+            if not Path(path).expanduser().is_file():
+                raise ChatError(f"there is no file {path}", fix="check the path")
+        self._images += [str(Path(path).expanduser()) for path in images]
+        self._audio += [str(Path(path).expanduser()) for path in audio]
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a question; False when the conversation is over.
 
         Raises:
-            ChatError: the command is unknown, or cannot be obeyed.
+            ChatError: the command is unknown, or cannot be obeyed, or a file is no image.
             ContextOverflowError: the question is too long for the model.
             StorageError: /save cannot write.
         """
         if not line.strip():
             return True
         if not line.startswith("/"):
-            self._answer(line)
+            self._ask(line)
             return True
         name, _, argument = line[1:].partition(" ")
         if name not in self._commands:
@@ -87,65 +159,155 @@ class Conversation:
             raise ChatError(f"no command /{name}", fix=f"did you mean /{near}? /help lists all")
         return self._commands[name](argument.strip())
 
-    def _answer(self, question: str) -> None:
-        renderer, settings = self.loaded.renderer, self.settings
-        asked = [*self._before(), Message("user", question)]
-        request = self._request(renderer.prompt(asked))
-        view = ReplyView(self.console, shows_thinking=settings.shows_thinking)
-        started, tokens = time.perf_counter(), []
+    def _ask(self, question: str) -> None:
+        """Answer a question, with the files that were shown for it."""
+        images, audio = tuple(self._images), tuple(self._audio)
+        self._images, self._audio = [], []  # a file that cannot be read is not shown again
+        self._answer(Exchange(question, images, audio, Message("assistant", "")), self.exchanges)
+
+    def _answer(self, asked: Exchange, before: list[Exchange]) -> None:
+        """Fill in the reply, and put the exchange behind those `before`, which it may remember."""
+        renderer = self.model.renderer
+        told = [*(before if self.settings.remembers else ()), asked]
+        request = self._request(
+            [*self._opening(), *_messages(told)[:-1]],
+            images=[path for exchange in told for path in exchange.images],
+            audio=[path for exchange in told for path in exchange.audio],
+        )
+        stop = stop_strings(request)
+        view = ReplyView(self.console, shows_thinking=self.settings.shows_thinking, stop=stop)
+        started, tokens, finish = time.perf_counter(), list[int](), "cancelled"
         try:
-            for token in self.engine.stream(request):
+            for token in self.model.engine.stream(request):
                 tokens.append(token)
                 view.show(renderer.parse(tokens))
+            has_stopped = tokens[-1] in request.stop_ids or (request.stops or bool)(tokens)
+            finish = "stop" if has_stopped else "length"
         finally:
-            reply = renderer.parse(tokens)
+            seconds = time.perf_counter() - started
+            reply = cut_message(renderer.parse(tokens), stop)
             view.finish(reply)
-            self.turns += [Message("user", question), reply]
             self._asked += 1
+            if tokens:
+                exchange = replace(asked, reply=reply)
+                self._take_back(len(self.exchanges) - len(before))
+                self._record(exchange, request, tokens=len(tokens), seconds=seconds, finish=finish)
+                self.exchanges = [*before, exchange]
         if self.console.is_terminal:
-            rate = len(tokens) / (time.perf_counter() - started)
-            cut = "" if tokens[-1] in request.stop_ids else ", cut at --max-new-tokens"
-            self._note(f"({len(tokens)} tokens, {rate:.0f} tokens/s{cut})")
+            cut = ", cut at --max-new-tokens" if finish == "length" else ""
+            self._note(f"({len(tokens)} tokens, {len(tokens) / seconds:.0f} tokens/s{cut})")
+
+    def _take_back(self, count: int) -> None:
+        """Forget so many of the last exchanges, here and in the history."""
+        self.exchanges = self.exchanges[: len(self.exchanges) - count]
+        if self._recorder is not None and count:
+            self._recorder.rewind(2 * count)
+
+    def _record(
+        self, exchange: Exchange, request: Request, *, tokens: int, seconds: float, finish: str
+    ) -> None:
+        if self._recorder is None:
+            return
+        settings, name = self.settings, self._recorder.model
+        media = []
+        for kind, paths in (("image", exchange.images), ("audio", exchange.audio)):
+            with suppress(OSError):  # removed meanwhile
+                media += [Medium.of(kind, path) for path in paths]
+        drawn = {**settings.others, "temperature": settings.temperature, "seed": request.seed}
+        opening = []
+        if settings.system is not None and self._recorder.conversation is None:
+            opening = [Turn(Message("system", settings.system), name)]
+        self._recorder.record(
+            *opening,
+            Turn(Message("user", exchange.question), name, media=tuple(media)),
+            Turn(
+                exchange.reply,
+                name,
+                settings=drawn,
+                prompt_tokens=len(request.prompt),
+                tokens=tokens,
+                seconds=seconds,
+                finish_reason=finish,
+            ),
+        )
 
     def _before(self) -> list[Message]:
         """What the model is told before the question."""
-        system = self.settings.system
-        opening = [] if system is None else [Message("system", system)]
-        return opening + (self.turns if self.settings.remembers else [])
+        return self._opening() + (self.turns if self.settings.remembers else [])
 
-    def _request(self, prompt: list[int]) -> Request:
+    def _opening(self) -> list[Message]:
+        system = self.settings.system
+        return [] if system is None else [Message("system", system)]
+
+    def _request(
+        self, asked: list[Message], *, images: Sequence[str] = (), audio: Sequence[str] = ()
+    ) -> Request:
         """A request whose reply may take what the context leaves, up to the setting."""
         settings = self.settings
-        room = self.loaded.config.max_context - len(prompt)
-        request = Request(
-            prompt=prompt,
-            max_new_tokens=max(1, min(settings.max_new_tokens, room)),
-            temperature=settings.temperature,
-            seed=settings.seed + self._asked,
-            stop_ids=self.loaded.renderer.stop_ids,
+        seed = settings.seed + self._asked
+        options: Options = {**settings.others, "temperature": settings.temperature, "seed": seed}
+        request = self.model.request(
+            asked,
+            images=images,
+            audio=audio,
+            max_new_tokens=settings.max_new_tokens,
+            **options,
         )
+        room = self.model.config.max_context - len(request.prompt)
+        request = replace(request, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
         try:
-            self.engine.check(request)
+            self.model.engine.check(request)
         except ContextOverflowError as error:
-            long_ago = self.settings.remembers and self.turns
-            fix = "/reset starts a new conversation" if long_ago else "ask something shorter"
+            fix = "ask something shorter"
+            if any(message.role == "assistant" for message in asked):
+                fix = "/reset starts a new conversation"
             raise ContextOverflowError(error.what, fix=fix) from None
         return request
 
     def _note(self, text: str) -> None:
         self.console.out(text, style="dim", highlight=False)
 
+    def _last(self, purpose: str) -> Exchange:
+        if not self.exchanges:
+            raise ChatError(f"there is nothing to {purpose} yet", fix="ask something")
+        return self.exchanges[-1]
+
     def _help(self, _: str) -> bool:
         """/help: this list."""
         for command in self._commands.values():
             self._note((command.__doc__ or "").strip())
         self._note("A line that ends in a backslash goes on in the next one.")
-        self._note("Ctrl-C stops a reply, Ctrl-D leaves.")
+        self._note('Lines between two """ are one question.')
+        self._note("Ctrl-C stops a reply, twice in quick succession or Ctrl-D leaves.")
+        return True
+
+    def _image(self, path: str) -> bool:
+        """/image FILE: show an image with the next question."""
+        self.show(images=[path])
+        return True
+
+    def _clip(self, path: str) -> bool:
+        """/audio FILE: play a clip with the next question."""
+        self.show(audio=[path])
+        return True
+
+    def _undo(self, _: str) -> bool:
+        """/undo: take the last question and its reply back."""
+        last = self._last("take back")
+        self._take_back(1)
+        self._note(f"taken back: {last.question}")
+        return True
+
+    def _retry(self, _: str) -> bool:
+        """/retry: ask the last question again, for another reply."""
+        self._answer(self._last("ask again"), self.exchanges[:-1])
         return True
 
     def _reset(self, _: str) -> bool:
         """/reset: forget the conversation so far."""
-        self.turns.clear()
+        self.exchanges = []
+        if self._recorder is not None:
+            self._recorder.restart()
         return True
 
     def _system(self, text: str) -> bool:
@@ -153,25 +315,56 @@ class Conversation:
         self.settings.system = text or None
         return self._reset("")
 
-    def _temperature(self, text: str) -> bool:
-        """/temperature T: how freely tokens are drawn; 0 takes the likeliest."""
+    def _set(self, text: str) -> bool:
+        """/set NAME VALUE: temperature, top_k, top_p, min_p ...; off for none; alone, lists all."""
+        settings = self.settings
+        if not text:
+            for name in SETTABLE:
+                own = getattr(settings, name, None)
+                self._note(f"{name} {own if own is not None else settings.others.get(name, 'off')}")
+            return True
+        name, _, word = text.partition(" ")
+        if name not in SETTABLE:
+            near = get_close_matches(name, SETTABLE, n=1, cutoff=0.0)[0]
+            raise ChatError(f"{name} cannot be set", fix=f"did you mean {near}? /set lists all")
         try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise ChatError(f"{text!r} is not a temperature", fix="give a number from 0 up")
-        self.settings.temperature = value
+            value = None if word.strip() == "off" else SETTABLE[name](word)
+            trial: Any = {"max_new_tokens": 1, "temperature": 1.0, name: value}
+            check_drawing(Request([0], **trial))
+        except (ValueError, TypeError, ConfigError) as error:
+            fix = error.fix if isinstance(error, ConfigError) else "give a number"
+            raise ChatError(f"{name} cannot be {word!r}", fix=fix) from error
+        if hasattr(settings, name):
+            setattr(settings, name, value)
+        else:
+            settings.others = {**settings.others, name: value}  # pyright: ignore
         return True
 
+    def _temperature(self, text: str) -> bool:
+        """/temperature T: how freely tokens are drawn; 0 takes the likeliest."""
+        return self._set(f"temperature {text}")
+
     def _think(self, text: str) -> bool:
-        """/think on|off: show the thinking, or fold it into one line."""
-        self.settings.shows_thinking = _switch(text)
+        """/think on|off: show the thinking, or fold it into one line; alone, that of the last."""
+        if text:
+            self.settings.shows_thinking = _switch(text)
+        else:
+            self._note(disarmed(self._last("look into").reply.thinking or "it did not think"))
         return True
 
     def _memory(self, text: str) -> bool:
         """/memory on|off: ask with the turns before, or each question by itself."""
         self.settings.remembers = _switch(text)
+        return True
+
+    def _model(self, name: str) -> bool:
+        """/model NAME: go on with another model."""
+        if not name or self._load is None:
+            raise ChatError("/model needs the name of a model", fix="`phikit ls` lists them")
+        self.model = _speaker(self._load(name))
+        if self._recorder is not None:
+            self._recorder.model = name
+        self.greet()
         return True
 
     def _save(self, text: str) -> bool:
@@ -196,10 +389,13 @@ class ReplyView:
     """Prints a growing reply: thinking dim, then the answer.
 
     Where output is no terminal the thinking stands between its tags instead.
+
+    Args:
+        stop: strings that end the reply, of which nothing is to be seen.
     """
 
-    def __init__(self, console: Console, *, shows_thinking: bool) -> None:
-        self._console, self._shows_thinking = console, shows_thinking
+    def __init__(self, console: Console, *, shows_thinking: bool, stop: Sequence[str] = ()) -> None:
+        self._console, self._shows_thinking, self._stop = console, shows_thinking, stop
         self._thought, self._said = "", ""
         self._is_thinking = False
 
@@ -208,8 +404,8 @@ class ReplyView:
         if message.thinking is not None:
             self._open_thinking()
             is_over = message.content != ""
-            self._think(message.thinking if is_over else _certain(message.thinking))
-        self._say(_certain(message.content))
+            self._think(message.thinking if is_over else visible(message.thinking, self._stop))
+        self._say(visible(message.content, self._stop))
 
     def finish(self, message: Message) -> None:
         """Print the rest, and end the line."""
@@ -258,15 +454,22 @@ def disarmed(text: str) -> str:
     return "".join(c if c in "\n\t" or category(c) != "Cc" else "\ufffd" for c in text)
 
 
-def _certain(text: str) -> str:
-    """The text without an end that later tokens may turn into something else."""
-    text = text.rstrip("\ufffd")
-    starts = [tag[:length] for tag in (OPENS, CLOSES) for length in range(1, len(tag) + 1)]
-    held = max((len(start) for start in starts if text.endswith(start)), default=0)
-    return text[: len(text) - held]
-
-
 def _switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise ChatError(f"{text!r} is neither on nor off", fix="say on or off")
     return text == "on"
+
+
+def _messages(exchanges: Sequence[Exchange]) -> list[Message]:
+    """Questions and replies; placeholders say where the files of all of them stand, in order."""
+    messages, images, clips = [], 0, 0
+    for exchange in exchanges:
+        marks = [f"<|image_{images + number}|>" for number in range(1, len(exchange.images) + 1)]
+        marks += [f"<|audio_{clips + number}|>" for number in range(1, len(exchange.audio) + 1)]
+        images, clips = images + len(exchange.images), clips + len(exchange.audio)
+        messages += [Message("user", "".join((*marks, exchange.question))), exchange.reply]
+    return messages
+
+
+def _speaker(loaded: Loaded) -> LanguageModel:
+    return loaded if isinstance(loaded, LanguageModel) else of(loaded)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from phikit.base.errors import ConfigError, WeightsError
-from phikit.cli.locate import RUN_HELP, locate
+from phikit.cli.locate import RUN_HELP, complete_model, locate
 from phikit.cli.output import fresh
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ Dtype = Annotated[
 
 
 def convert(
-    model: Annotated[str, typer.Argument(metavar="IN", help=RUN_HELP)],
+    model: Annotated[
+        str, typer.Argument(metavar="IN", help=RUN_HELP, autocompletion=complete_model)
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a new .gguf file.")],
     to: Annotated[
         Layout,
@@ -55,13 +57,15 @@ def convert(
         raise ConfigError(
             f"--dtype {dtype} goes with --to hf alone", fix="leave it out; --quant is for gguf"
         )
-    wanted, kind = _dtype(dtype), _quant(quant)
+    wanted, kind = dtype_called(dtype), quant_called(quant)
     with fresh(out) as place:
-        loaded = _load(model)
+        loaded = load_model(model)
         match to:
             case Layout.hf:
+                from phikit.weights.quantised import refuse_quantised
                 from phikit.weights.save import save
 
+                refuse_quantised(loaded.model, "writing it for transformers")
                 save(place, loaded, dtype=wanted)
             case Layout.gguf:
                 from phikit.weights.gguf_out import save_gguf
@@ -73,7 +77,9 @@ def convert(
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help=RUN_HELP)],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help=RUN_HELP, autocompletion=complete_model)
+    ],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder in PEFT's layout.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     dtype: Dtype = None,
@@ -88,28 +94,31 @@ def merge(
     from phikit.weights.adapter import load_adapter
     from phikit.weights.save import save
 
-    wanted = _dtype(dtype)
+    wanted = dtype_called(dtype)
     with fresh(out) as place:
-        loaded = _load(base, dtype=None if wanted is None else torch.float32)
+        loaded = load_model(base, dtype=None if wanted is None else torch.float32)
         load_adapter(adapter, loaded.model, name="merged", dtype=torch.float32)
         merge_lora(loaded.model, "merged")
         save(place, loaded, dtype=wanted)
     typer.echo(out)
 
 
-def _load(model: str, *, dtype: "torch.dtype | None" = None) -> "Loaded":
+def load_model(model: str, *, dtype: "torch.dtype | None" = None) -> "Loaded":
+    """The model that a command was pointed at."""
     from phikit.weights.load import load
 
     return load(locate(model).model, dtype=dtype)
 
 
-def _dtype(name: str | None) -> "torch.dtype | None":
+def dtype_called(name: str | None) -> "torch.dtype | None":
+    """The dtype of this name; ConfigError if there is none."""
     from phikit.base.device import parse_dtype
 
     return None if name is None else parse_dtype(name)
 
 
-def _quant(name: str | None) -> "Quant":
+def quant_called(name: str | None) -> "Quant":
+    """The quantisation of this name, in any case; ConfigError if there is none."""
     from phikit.weights.gguf_out import Quant
 
     for kind in get_args(Quant):

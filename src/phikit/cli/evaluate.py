@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.base.errors import ConfigError, DataError, MissingExtraError
+from phikit.cli.evaluate_router import evaluate_router
 from phikit.cli.locate import RUN_HELP, Place, locate
 from phikit.cli.stop import stoppable
 
@@ -46,7 +47,20 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Take only s
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="For the transcripts; in the samples/ of a run otherwise."),
+    typer.Option(
+        metavar="FILE",
+        help="For the transcripts, or with --router for the curve (JSON, and a PNG beside it); in "
+        "the samples/ of a run otherwise.",
+    ),
+]
+RouterFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--router",
+        metavar="FILE",
+        help="Ask the cloud of this router's config too, and show accuracy against cost over the "
+        "threshold. RUN is the local model.",
+    ),
 ]
 
 
@@ -60,11 +74,29 @@ def evaluate(
     limit: Limit = None,
     as_json: AsJson = False,
     out: Out = None,
+    router: RouterFile = None,
 ) -> None:
     """Solve problems; tell how many came out right, and what became of the rest."""
     with stoppable(kept="an evaluation keeps nothing until it is done"), ExitStack() as stack:
         problems = _problems(data, task, limit)
         place, loaded = _load(run)
+        if router is not None:
+            if samples != 1 or temperature is not None:
+                raise ConfigError(
+                    "--samples and --temperature do not go with --router",
+                    fix="set confidence.samples and confidence.temperature in its config",
+                )
+            folder = place.stage / "samples" if place.stage else Path()
+            evaluate_router(
+                router,
+                problems,
+                loaded,
+                max_new_tokens=max_new_tokens or _reply_tokens(place, loaded),
+                scorer=_scorer(stack),
+                out=out or folder / f"router-{data.stem if data else task}.json",
+                as_json=as_json,
+            )
+            return
         if temperature is None:
             temperature = TEMPERATURE if samples > 1 else 0.0
         settings = {

@@ -26,6 +26,14 @@ class Place(NamedTuple):
     config: dict[str, Any] | None = None
 
 
+def complete_model(typed: str) -> list[str]:
+    """What a shell offers for a model: runs, pulled models and "smollm2"; paths it knows itself."""
+    from phikit.weights.inventory import SMOLLM2, pulled_names
+
+    runs = [str(file.parent) for file in Path().glob("runs/*/config.json")]
+    return [name for name in (*runs, *pulled_names(), SMOLLM2) if name.startswith(typed)]
+
+
 def locate(run: str) -> Place:
     """The model meant by a run, stage or model folder, a `.gguf`, a hub id or "smollm2".
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phikit.base.errors import WeightsError
-from phikit.cli.locate import locate
+from phikit.cli.locate import complete_model, locate
 
 if TYPE_CHECKING:
     from phikit.models.catalogue import Checkpoint
     from phikit.models.decoder import DecoderConfig
-    from phikit.weights.describe import Adapter, Description
+    from phikit.weights.describe import Adapter, Description, Packed
 
 SHOWN_SPECIALS = 24
 
@@ -23,6 +23,7 @@ def show(
             metavar="PATH",
             help="A model folder, a .gguf file, an adapter, a run, the id of a pulled model, or "
             "the name of a known one, such as phi-4-mini-instruct.",
+            autocompletion=complete_model,
         ),
     ],
 ) -> None:
@@ -70,6 +71,28 @@ def _stored_rows(found: "Description") -> list[tuple[str, str]]:
         ("path", str(found.path)),
         ("layout", f"{stored.layout}, {stored.dtype}"),
         ("stored", f"{stored.tensors} tensors in {files}, {in_bytes(stored.size)}"),
+        *([] if found.packed is None else _packed_rows(found.packed, stored.dtype)),
+    ]
+
+
+def _packed_rows(packed: "Packed", dtype: str) -> list[tuple[str, str]]:
+    from phikit.cli.screen import in_bytes
+
+    bits, group, method, embedding_bits = (
+        getattr(packed.config, name) for name in ("bits", "group", "method", "embedding_bits")
+    )
+    kept = ", ".join(f"{name} {count:,}" for name, count in packed.kept.items())
+    return [
+        (
+            "quantised",
+            f"{bits} bits, embeddings and head {embedding_bits}; groups of {group}; {method}",
+        ),
+        (
+            "  packed",
+            f"{packed.weights:,} weights in {in_bytes(packed.size)}, "
+            f"{8 * packed.size / max(packed.weights, 1):.2f} bits each with their scales",
+        ),
+        (f"  in {dtype}", kept),
     ]
 
 

@@ -72,13 +72,13 @@ def chart(results: Mapping[str, Any], path: Path, *, dark: bool = False) -> None
     """
     stages = Results.read(results).stages
     palette = DARK if dark else LIGHT
-    with matplotlib.rc_context(_STYLE), matplotlib.rc_context({"svg.fonttype": "path"}):
+    with matplotlib.rc_context(STYLE), matplotlib.rc_context({"svg.fonttype": "path"}):
         figure = Figure(figsize=(2 * _SIZE[0], _SIZE[1]), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_accuracy(left, stages, palette)
         _draw_by_steps(right, stages, palette)
         for axes in (left, right):
-            _finish(axes, palette)
+            finish(axes, palette)
         figure.savefig(path, dpi=200, transparent=True, metadata=_undated(path))
 
 
@@ -143,7 +143,7 @@ def _draw_accuracy(axes: Axes, stages: Sequence[Stage], palette: Palette) -> Non
             fontweight="bold",
         )
     _name_rows(axes, [stage.name for _, stage, _ in measured])
-    _share_axis(axes.xaxis)
+    share_axis(axes.xaxis)
     axes.set_xlim(0, 1)
 
 
@@ -163,9 +163,9 @@ def _draw_by_steps(axes: Axes, stages: Sequence[Stage], palette: Palette) -> Non
             bounds = _interval(cell.accuracy, cell.n, cell.stderr)
             axes.plot([place, place], bounds, color=shade, linewidth=1, alpha=0.6, clip_on=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _share_axis(axes.yaxis)
+    share_axis(axes.yaxis)
     axes.set_ylim(0, 1)
-    _legend(axes, palette)
+    legend(axes, palette)
 
 
 def _draw_by_family(axes: Axes, stages: Sequence[Stage], palette: Palette) -> None:
@@ -182,9 +182,9 @@ def _draw_by_family(axes: Axes, stages: Sequence[Stage], palette: Palette) -> No
         if stage.by_family:
             axes.plot([], [], "o", color=_series(palette, index), label=_label(stage.name))
     _name_rows(axes, families)
-    _share_axis(axes.xaxis)
+    share_axis(axes.xaxis)
     axes.set_xlim(0, 1)
-    _legend(axes, palette)
+    legend(axes, palette)
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], title: str, shade: str) -> None:
@@ -213,17 +213,17 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _share_axis(axis: Axis) -> None:
+def share_axis(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def _legend(axes: Axes, palette: Palette) -> None:
+def legend(axes: Axes, palette: Palette) -> None:
     legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     for text in legend.get_texts():
         text.set_color(palette.muted)
 
 
-def _finish(axes: Axes, palette: Palette) -> None:
+def finish(axes: Axes, palette: Palette) -> None:
     """Colours and lines that all charts share."""
     axes.set_title(axes.get_title(), loc="left", color=palette.ink)
     axes.set_title("", loc="center")
@@ -233,7 +233,7 @@ def _finish(axes: Axes, palette: Palette) -> None:
     axes.spines[:].set_visible(False)
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -247,11 +247,11 @@ _STYLE: Any = {
 
 def _svg(draw: Callable[[Axes], None], title: str, *, height: float = _SIZE[1]) -> str:
     """Draw one chart and return it as an `<svg>` element in CSS variables."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        _finish(axes, _CSS)
+        finish(axes, _CSS)
         file = io.StringIO()
         metadata = {"Date": None, "Title": title}
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)

@@ -1,56 +1,60 @@
-"""The engine: batches of prompts with shared prefixes over a static cache.
+"""The engine: many requests on one model, step by step.
 
-One walk of a request: `generate` sorts requests by length and fills grids of P prompts x G samples;
-a grid is prefilled once per prompt, then all samples step together; samples that have ended are
-dropped from the grid when enough have; results go back in the order of the requests.
+One walk of a request: `submit` makes its samples and queues them; every `step` the scheduler picks
+the tokens that go through the model next, of many sequences at once, and where their keys and
+values lie (`schedule`, `blocks`); one pass runs them (`attend`, `cache`); the sequences whose last
+token was among them draw their next one (`sample`). Requests come, end and are cancelled at any
+step, without a trace in the others.
 
-LongRoPE rotates every key anew once a sequence outgrows the original context, and what was cached
-before depends on the old rotation through all layers. So a prompt whose samples reach that length
-is prefilled again with all it has said, at that one step; other rows of the grid go on undisturbed.
+It knows token ids only; text is put around it by `language_model`. It belongs to one thread.
+
+What is unusual:
+- A draft is a guess of the very token that will be drawn, not of a distribution, and the draw of a
+  place is fixed by (seed, sample, place). So a guess is kept if it is what is drawn there, and
+  drafts never change a text, at any temperature.
+- LongRoPE rotates every key anew once a sequence outgrows the original context, and what was cached
+  before depends on the old rotation through all layers. Such a sequence computes its tokens again.
+- Training changes weights under a living engine. It notices, and drops what it had cached.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from phikit.base.errors import ContextOverflowError
-from phikit.generate.cache import Decode, GroupCache, Prefill
-from phikit.generate.media import adapters_of, check_media, embed_prompts, routed
+from phikit.base.errors import ContextOverflowError, PhikitError
+from phikit.generate.attend import PagedAttention, Stretch
+from phikit.generate.blocks import BLOCK_TOKENS, BlockPool, name_root
+from phikit.generate.cache import PagedCache, block_bytes
+from phikit.generate.draw import Draw, draw
+from phikit.generate.media import check_media, embed_prompt, resolve_adapter, routed
 from phikit.generate.request import Completion, OnProgress, Request
-from phikit.generate.sample import Sampling, sample, stream_ids
+from phikit.generate.schedule import Scheduler, Span
+from phikit.generate.sequence import Event, Ticket
+from phikit.generate.sequence import Sequence as Sample
+from phikit.generate.speculate import Drafter
 from phikit.models.decoder import Decoder
-from phikit.nn.attention import Attend
+from phikit.nn.linear import padded_rows
 
-SHRINK = 0.7
-"""A grid is compacted when that leaves at most this share of its rows."""
 MAX_ROWS = 512
-"""Default bound on samples decoded together."""
+"""Default bound on samples that run at once."""
+STEP_TOKENS = 2048
+"""Default bound on tokens of one step."""
 CACHE_BYTES = 4 << 30
-"""Default bound on their cached keys and values."""
-PROMPT_STEP = 16
-"""Prompts are padded to a multiple of this."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Some samples [first, first + count) of request number `index`."""
-
-    index: int
-    first: int
-    count: int
-    request: Request
+"""Default bound on cached keys and values."""
 
 
 class Engine:
     """Runs requests on a model in this process.
 
     Args:
-        max_rows: bounds the samples decoded together.
-        prefill_tokens: bounds the tokens of one prefill call, unless one prompt alone is longer.
-        cache_bytes: bounds the keys and values of the samples decoded together, unless one sample
-            alone needs more.
+        max_rows: bounds the samples that run at once.
+        step_tokens: bounds the tokens of one step, of which long prompts take what decoding leaves.
+        cache_bytes: bounds the cached keys and values; they take memory only as they are used.
+        cache_dtype: "int8" halves the cache of a bfloat16 model; None keeps the model's dtype.
+        drafter: guesses tokens ahead, see `speculate`.
     """
 
     def __init__(
@@ -58,276 +62,296 @@ class Engine:
         model: Decoder,
         *,
         max_rows: int = MAX_ROWS,
-        prefill_tokens: int = 8192,
+        step_tokens: int = STEP_TOKENS,
         cache_bytes: int = CACHE_BYTES,
+        cache_dtype: Literal["int8"] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        config = model.config
-        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        self.model = model
-        self.max_rows = max_rows
-        self.prefill_tokens = prefill_tokens
-        self.cache_tokens = cache_bytes // (width * model.lm_head.weight.element_size())
+        self.model, self.drafter = model, drafter
+        self.cache_bytes = cache_bytes
+        self.cache_dtype = torch.int8 if cache_dtype == "int8" else model.dtype
+        context = model.config.max_context
+        blocks = cache_bytes // block_bytes(model.config, self.cache_dtype)
+        self.pool = BlockPool(min(blocks, max_rows * -(-context // BLOCK_TOKENS)))
+        self.scheduler = Scheduler(
+            self.pool, max_rows=max_rows, max_context=context, step_tokens=step_tokens
+        )
+        self._cache: PagedCache | None = None
+        self._weights: object = None
 
-    @torch.inference_mode()
+    @property
+    def busy(self) -> bool:
+        """Whether any request has tokens to come."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
     def generate(
         self, requests: Sequence[Request], *, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
         """The samples of each request, in order.
 
-        Raises ContextOverflowError, naming both numbers, if a prompt and its reply do not fit.
+        Raises as `check` does, before any work is done; and what a constraint raises.
         """
         for request in requests:
             self.check(request)
-        results: list[list[Completion]] = [[] for _ in requests]
-        for groups in self._grids(requests):
-            for group, completions in zip(groups, self._run(groups, on_progress), strict=True):
-                results[group.index] += completions
-        return results
+        tickets = [self.submit(request) for request in requests]
+        try:
+            while not all(ticket.done for ticket in tickets):
+                events = self.step()
+                if on_progress is not None and events:
+                    ended = sum(event.finish_reason is not None for event in events)
+                    on_progress(len(events), ended)
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise ticket.error
+        return [ticket.completions for ticket in tickets]
 
-    @torch.inference_mode()
-    def stream(self, request: Request) -> Iterator[int]:
-        """The ids of one sample as they are drawn, the stop token included."""
-        self.check(request)
-        grid = _Grid(self, [_Group(0, 0, 1, request)])
-        for _ in range(request.max_new_tokens):
-            token = int(grid.step()[0])
-            yield token
-            if token in request.stop_ids:
-                return
+    def stream(self, request: Request) -> Generator[int, None, None]:
+        """The ids of a request's first sample as they are drawn, the stop token included.
+
+        Leaving the loop cancels the request.
+        """
+        ticket = self.submit(request)
+        sample, seen = ticket.samples[0], 0
+        try:
+            while True:
+                while seen < sample.said:
+                    seen += 1
+                    yield sample.tokens[len(request.prompt) + seen - 1]
+                if ticket.error is not None:
+                    raise ticket.error
+                if sample.finish_reason is not None:
+                    return
+                self.step()
+        finally:
+            self.cancel(ticket)
 
     def check(self, request: Request) -> None:
         """Refuse what cannot be run.
 
         Raises:
-            ContextOverflowError: prompt and reply do not fit into the model's context.
+            ContextOverflowError: prompt and reply do not fit into the model's context or the cache.
             ChatError: the media fit neither the prompt's placeholders nor the model.
             ConfigError: the model has no such adapter.
         """
+        prompt, new = len(request.prompt), request.max_new_tokens
         limit = self.model.config.max_context
-        needed = len(request.prompt) + request.max_new_tokens
+        asked = f"{prompt} prompt tokens + {new} new tokens = {prompt + new}"
         if not request.prompt:
             raise ContextOverflowError("the prompt is empty", fix="pass at least one token")
-        if needed > limit:
+        if prompt + new > limit:
             raise ContextOverflowError(
-                f"{len(request.prompt)} prompt tokens + {request.max_new_tokens} new tokens = "
-                f"{needed}, and the model's context is {limit}",
+                f"{asked}, and the model's context is {limit}",
                 fix="shorten the prompt or lower max_new_tokens",
+            )
+        if not self.scheduler.fits(prompt + new):
+            raise ContextOverflowError(
+                f"{asked}, and the cache holds {self.pool.size * BLOCK_TOKENS}",
+                fix=f"shorten the prompt, lower max_new_tokens, or raise cache_bytes, which is "
+                f"{self.cache_bytes}",
             )
         check_media(self.model, request)
 
-    def _grids(self, requests: Sequence[Request]) -> Iterator[list[_Group]]:
-        """Fill grids with groups of like size and length, the longest first."""
-        groups = []
-        for i, request in enumerate(requests):
-            step = min(self.max_rows, self.cache_tokens // max(1, request.max_new_tokens)) or 1
-            groups += [
-                _Group(i, first, min(step, request.num_samples - first), request)
-                for first in range(0, request.num_samples, step)
-            ]
-        groups.sort(key=lambda g: (g.count, len(g.request.prompt)), reverse=True)
-        grid: list[_Group] = []
-        for group in groups:
-            if grid and (grid[0].count != group.count or not self._has_room(grid, group)):
-                yield sorted(grid, key=lambda g: (g.index, g.first))
-                grid = []
-            grid.append(group)
-        if grid:
-            yield sorted(grid, key=lambda g: (g.index, g.first))
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request; raises as `check` does."""
+        self.check(request)
+        if not self.busy:
+            self._notice_new_weights()
+        adapter = resolve_adapter(self.model, request)
+        media = b"" if request.media is None else request.media.digest()
+        root = name_root((adapter or "").encode(), media)
+        ticket = Ticket(request, adapter, root)
+        ticket.samples = [Sample(ticket, i, root=root) for i in range(request.num_samples)]
+        for sample in ticket.samples:
+            self._choose_factors(sample)
+        if request.max_new_tokens <= 0:
+            for sample in ticket.samples:
+                sample.finish_reason = "length"
+        elif ticket.samples:
+            first, *first.siblings = ticket.samples
+            self.scheduler.waiting.append(first)
+        return ticket
 
-    def _has_room(self, grid: list[_Group], group: _Group) -> bool:
-        """Whether a grid may take one more group; its first prompt is its longest."""
-        groups = [*grid, group]
-        longest = max(g.request.max_new_tokens for g in groups)
-        tokens = len(groups) * (len(grid[0].request.prompt) + group.count * longest)
-        return len(groups) * group.count <= self.max_rows and tokens <= self.cache_tokens
+    def cancel(self, ticket: Ticket) -> None:
+        """End what is left of a request; its samples keep what they have said."""
+        for sample in ticket.samples:
+            if sample.finish_reason is None:
+                self._end(sample)
+                sample.finish_reason = "cancelled"
 
-    def _run(self, groups: list[_Group], on_progress: OnProgress | None) -> list[list[Completion]]:
-        grid = _Grid(self, groups)
-        while grid.live:
-            before = grid.live
-            grid.step()
-            if on_progress is not None:
-                on_progress(before, before - grid.live)
-            if 0 < grid.live < SHRINK * grid.rows:
-                grid.compact()
-        return grid.completions()
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One pass of the model; returns the tokens it gave, at most one per draft and sample."""
+        spans = self.scheduler.plan(self._drafts())
+        if not spans:
+            return []
+        hidden_SD = self._run(spans)
+        draws, place = [], 0
+        for span in spans:
+            sample = span.sequence
+            sample.computed = span.end - span.drafts
+            self.scheduler.name_full_blocks(sample)
+            last = place + len(span.tokens) - 1 - span.drafts
+            place += len(span.tokens)
+            if span.is_last:
+                drafts = span.tokens[len(span.tokens) - span.drafts :]
+                draws += [Draw(s, last, drafts) for s in (sample, *self._fork(sample))]
+        return self._draw([each for each in map(self._held, draws) if each], hidden_SD)
 
+    def _held(self, each: Draw) -> Draw | None:
+        """The draw with what its constraint allows; None if the constraint fails."""
+        constraint = each.sequence.constraint
+        if constraint is None:
+            return each
+        try:
+            return each._replace(allowed_V=constraint.allowed())
+        except PhikitError as error:
+            self._fail(each.sequence.ticket, error)
+            return None
 
-class _Grid:
-    """P prompts x G samples decoding together; every per-row tensor is in row order p * G + g."""
+    def _fail(self, ticket: Ticket, error: PhikitError) -> None:
+        """End one request, and no other."""
+        ticket.error = error
+        self.cancel(ticket)
 
-    def __init__(self, engine: Engine, groups: list[_Group]) -> None:
-        self.model, self.groups = engine.model, groups
-        self.prefill_tokens = engine.prefill_tokens
-        self.group = groups[0].count
-        requests = [g.request for g in groups for _ in range(self.group)]
-        self.adapters = adapters_of(self.model, requests)
-        device = self.model.lm_head.weight.device
-        column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
-        self.sampling = Sampling(
-            column([r.temperature for r in requests], torch.float32),
-            column([r.top_k or 0 for r in requests], torch.long),
-            column([1.0 if r.top_p is None else r.top_p for r in requests], torch.float32),
-            stream_ids(
-                column([r.seed for r in requests], torch.long),
-                column([g.first + i for g in groups for i in range(self.group)], torch.long),
-            ),
+    def _draw(self, draws: list[Draw], hidden_SD: Tensor) -> list[Event]:
+        """Draw the next tokens of the sequences that are due, and let the finished go."""
+        events = []
+        for each, tokens in zip(draws, draw(self.model, draws, hidden_SD), strict=True):
+            sample = each.sequence
+            if sample.finish_reason is not None:  # a sibling's constraint has failed
+                continue
+            for place, drawn in enumerate(tokens):
+                try:
+                    sample.add(drawn.token, drawn.log_prob)
+                except PhikitError as error:
+                    self._fail(sample.ticket, error)
+                    break
+                if sample.request.top_log_probs:
+                    sample.top_log_probs.append(drawn.top)
+                reason = sample.finish_reason
+                events.append(Event(sample.ticket, sample.number, drawn.token, reason))
+                is_kept = place < len(each.drafts) and each.drafts[place] == drawn.token
+                sample.computed += is_kept
+                if reason is not None or not is_kept:
+                    break
+            if sample.finish_reason is not None:
+                self._end(sample)
+            elif self._choose_factors(sample):
+                self.scheduler.restart(sample)
+        return events
+
+    def _run(self, spans: list[Span]) -> Tensor:
+        """The model on the tokens of the spans, laid end to end; hidden states [S, D]."""
+        device = self.model.device
+        cache = self._ready_cache()
+        tokens, positions, stretches, adapters = [], [], [], []
+        for span in spans:
+            sample, count = span.sequence, len(span.tokens)
+            stretches.append(Stretch(len(tokens), count, span.start, sample.row))
+            tokens += span.tokens
+            positions += range(span.start, span.end)
+            adapters += [sample.ticket.adapter] * count
+        positions_S = torch.tensor(positions, device=device)
+        attend = PagedAttention(
+            cache,
+            torch.from_numpy(self.scheduler.tables).to(device),
+            stretches,
+            positions_S=positions_S,
+            window=self.model.config.sliding_window,
         )
-        self.limits = column([r.max_new_tokens for r in requests], torch.long)
-        width = max(1, *(len(r.stop_ids) for r in requests))
-        padded = [list(r.stop_ids) + [-1] * (width - len(r.stop_ids)) for r in requests]
-        self.stop_ids = column(padded, torch.long)
-        self.finished = self.limits <= 0
-        self.origin = torch.arange(len(requests), device=device)
-        steps = int(self.limits.max())
-        self.tokens = torch.zeros(len(requests), steps, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(len(requests), steps, device=device)
-        self.counts = torch.zeros(len(requests), dtype=torch.long, device=device)
-        self.stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        self.cache = GroupCache(self.model.config)
-        self.steps = 0
-        self.hidden = self._prefill()
-
-    @property
-    def rows(self) -> int:
-        return len(self.finished)
-
-    @property
-    def live(self) -> int:
-        return int((~self.finished).sum())
-
-    def _prefill(self) -> Tensor:
-        """Fill the prefix cache; return the hidden state after each prompt, once per sample."""
-        device = self.model.lm_head.weight.device
-        lengths = torch.tensor([len(g.request.prompt) for g in self.groups], device=device)
-        longest = int(lengths.max())
-        width = longest + -longest % PROMPT_STEP
-        positions = torch.arange(width, device=device)[None]
-        if self.model.config.longrope is not None:
-            # Padding repeats the last position: the largest of a row chooses its factors.
-            positions = torch.minimum(positions, lengths[:, None] - 1)
-        positions = positions.expand(len(lengths), -1)
-        tokens = torch.zeros(len(self.groups), width, dtype=torch.long, device=device)
-        for row, group in zip(tokens, self.groups, strict=True):
-            row[: len(group.request.prompt)] = torch.as_tensor(group.request.prompt)
-        parts: list[list[tuple[Tensor, Tensor]]] = []
-        last: list[Tensor] = []
-        chunk = max(1, self.prefill_tokens // width)
-        for start in range(0, len(tokens), chunk):
-            part, rows = GroupCache(self.model.config), slice(start, start + chunk)
-            requests = [g.request for g in self.groups[rows]]
-            hidden = self._run(
-                embed_prompts(self.model, tokens[rows], requests),
-                self.adapters[:: self.group][rows],
-                positions_BT=positions[rows],
-                attend=Prefill(part),
-            )
-            ends = lengths[rows] - 1
-            last.append(hidden[torch.arange(len(hidden), device=device), ends])
-            parts.append(part.prefix)
-        self.cache.prefix = [
-            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
-            for layer in zip(*parts, strict=True)
-        ]
-        self.cache.fork(lengths, group=self.group)
-        return torch.cat(last).repeat_interleave(self.group, dim=0)
-
-    def _run(
-        self,
-        x_BTD: Tensor,
-        adapters: Sequence[str | None],
-        *,
-        attend: Attend,
-        positions_BT: Tensor | None = None,
-    ) -> Tensor:
-        """The model on embedded tokens, each row on its adapter."""
+        padding = padded_rows(len(tokens), device) - len(tokens)
+        tokens, adapters = tokens + [0] * padding, adapters + [None] * padding
+        x_BTD = self.model.embed(torch.tensor(tokens, device=device)[:, None])
+        for span, stretch in zip(spans, stretches, strict=True):
+            self._put_media(x_BTD, span, stretch)
         with routed(self.model, adapters):
-            return self.model.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
+            hidden_BTD = self.model.run_blocks(
+                x_BTD,
+                positions_BT=F.pad(positions_S, (0, padding))[:, None],
+                ends_B=self._ends(spans, padding),
+                attend=attend,
+            )
+        return hidden_BTD[: len(positions), 0]
 
-    def step(self) -> Tensor:
-        """Draw one token per row; if any row goes on, run the model on them; return the ids."""
-        logits = self.model.logits(self.hidden)
-        ids, log_probs = sample(logits, self.sampling, step=self.steps)
-        going = ~self.finished
-        where = self.origin[going]
-        self.tokens[where, self.steps] = ids[going]
-        self.log_probs[where, self.steps] = log_probs[going]
-        self.counts[where] += 1
-        stopped = (ids[:, None] == self.stop_ids).any(-1)
-        self.stopped[where] = stopped[going]
-        self.steps += 1
-        self.finished = self.finished | stopped | (self.steps >= self.limits)
-        if not bool(self.finished.all()):
-            self.cache.advance()
-            positions = self.cache.lengths_P.repeat_interleave(self.group) + self.steps - 1
-            self.hidden = self._run(
-                self.model.embed(ids[:, None]),
-                self.adapters,
-                positions_BT=positions[:, None],
-                attend=Decode(self.cache),
-            )[:, 0]
-            self._switch_factors()
-        return ids
+    def _put_media(self, x_BTD: Tensor, span: Span, stretch: Stretch) -> None:
+        """Overwrite the embeddings of a prompt with media, which are made once per request."""
+        ticket = span.sequence.ticket
+        prompt = len(ticket.request.prompt)
+        if ticket.request.media is None or span.start >= prompt:
+            return
+        if ticket.prompt_TD is None:
+            ticket.prompt_TD = embed_prompt(self.model, ticket.request)
+        end = min(span.end, prompt)
+        x_BTD[stretch.first : stretch.first + end - span.start, 0] = ticket.prompt_TD[
+            span.start : end
+        ]
 
-    def _switch_factors(self) -> None:
-        """Prefill anew the prompts whose samples have just outgrown LongRoPE's original context."""
+    def _ends(self, spans: list[Span], padding: int) -> Tensor | None:
+        """For LongRoPE, a position that decides which factors a token's sequence is rotated by."""
         longrope = self.model.config.longrope
         if longrope is None:
-            return
-        last_P = self.cache.lengths_P + self.steps - 1
-        for prompt in (last_P == longrope.original_context).nonzero().flatten().tolist():
-            first = prompt * self.group
-            request = self.groups[int(self.origin[first]) // self.groups[0].count].request
-            given = torch.as_tensor(request.prompt, device=self.tokens.device)
-            given_1TD = embed_prompts(self.model, given[None], [request])
-            step = max(1, self.prefill_tokens // (longrope.original_context + 1))
-            for start in range(first, first + self.group, step):
-                rows = slice(start, min(start + step, first + self.group))
-                said = self.tokens[self.origin[rows], : self.steps]
-                part = GroupCache(self.model.config)
-                prompt_BTD = given_1TD.expand(len(said), -1, -1)
-                x_BTD = torch.cat([prompt_BTD, self.model.embed(said)], dim=1)
-                run = self._run(x_BTD, self.adapters[rows], attend=Prefill(part))
-                self.hidden[rows] = run[:, -1]
-                self.cache.replace(prompt, rows, part.prefix)
+            return None
+        counts = torch.tensor([len(span.tokens) for span in spans])
+        is_long = torch.tensor([span.sequence.is_long for span in spans])
+        is_long_S = F.pad(is_long.repeat_interleave(counts), (0, padding)).to(self.model.device)
+        return torch.where(is_long_S, longrope.original_context, 0)
 
-    def compact(self) -> None:
-        """Drop finished prompts and columns if that shrinks the grid enough.
+    def _choose_factors(self, sample: Sample) -> bool:
+        """Whether LongRoPE's long factors apply to a sequence from now on and did not before."""
+        longrope = self.model.config.longrope
+        if longrope is None or sample.is_long or len(sample.tokens) <= longrope.original_context:
+            return False
+        sample.become_long(name_root(sample.root, b"long"))
+        return True
 
-        Sizes are rounded up to few values: on CPU every new number of rows compiles new kernels,
-        which costs more than a few rows carried along.
-        """
-        live_PG = (~self.finished).view(-1, self.group)
-        counts = live_PG.sum(1)
-        width = min(self.group, _round_size(int(counts.max())))
-        prompts = min(len(counts), _round_size(int((counts > 0).sum())))
-        if prompts * width > SHRINK * self.rows:
-            return
-        kept = torch.argsort(counts > 0, descending=True, stable=True)[:prompts].sort().values
-        columns = torch.argsort(live_PG[kept].int(), dim=1, descending=True, stable=True)[:, :width]
-        grid = kept[:, None] * self.group + columns
-        rows = grid.flatten()
-        self.cache.keep(grid)
-        self.group = width
-        self.sampling = self.sampling.rows(rows)
-        self.limits, self.stop_ids = self.limits[rows], self.stop_ids[rows]
-        self.finished, self.origin = self.finished[rows], self.origin[rows]
-        self.hidden = self.hidden[rows]
-        self.adapters = [self.adapters[row] for row in rows.tolist()]
+    def _drafts(self) -> dict[Sample, list[int]]:
+        """What the drafter expects the decoding sequences to say."""
+        if self.drafter is None:
+            return {}
+        longrope = self.model.config.longrope
+        room = {}
+        for sample in self.scheduler.running:
+            ahead = sample.request.max_new_tokens - sample.said - 1
+            if longrope is not None and not sample.is_long:
+                ahead = min(ahead, longrope.original_context - len(sample.tokens))
+            if sample.pending == 1 and ahead > 0 and sample.constraint is None:
+                room[sample] = ahead
+        if len(room) > self.pool.available:
+            return {}
+        return self.drafter.propose(room)
 
-    def completions(self) -> list[list[Completion]]:
-        """The finished samples, one list per group."""
-        count = self.groups[0].count
-        counts, stopped = self.counts.tolist(), self.stopped.tolist()
-        tokens, log_probs = self.tokens.tolist(), self.log_probs.tolist()
-        made = [
-            Completion(tokens[i][:n], log_probs[i][:n], "stop" if stopped[i] else "length")
-            for i, n in enumerate(counts)
-        ]
-        return [made[i : i + count] for i in range(0, len(made), count)]
+    def _fork(self, first: Sample) -> list[Sample]:
+        """Start the siblings of a sample whose prompt has just been computed."""
+        if not first.siblings:
+            return []
+        started = self.scheduler.fork(first)
+        own = [s.blocks[-1] for s in started if s.blocks[-1] != first.blocks[-1]]
+        if own:
+            self._ready_cache().copy(first.blocks[-1], own)
+        return started
 
+    def _end(self, sample: Sample) -> None:
+        self.scheduler.finish(sample)
+        if self.drafter is not None:
+            self.drafter.forget(sample)
 
-def _round_size(n: int) -> int:
-    """`n` rounded up to one of four values between one power of two and the next."""
-    step = 1 << max(0, n.bit_length() - 3)
-    return n + -n % step
+    def _notice_new_weights(self) -> None:
+        """Drop idle blocks if the weights have been written to since they were filled."""
+        versions = [p._version for p in self.model.parameters() if not p.is_inference()]
+        weights = (self.model.dtype, self.model.device, sum(versions))
+        if weights != self._weights:
+            self.pool.forget()
+            self._weights = weights
+
+    def _ready_cache(self) -> PagedCache:
+        if self._cache is None:
+            self._cache = PagedCache(
+                self.model.config,
+                blocks=self.pool.size,
+                dtype=self.cache_dtype,
+                device=self.model.device,
+            )
+        return self._cache

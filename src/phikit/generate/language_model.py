@@ -4,21 +4,24 @@ The engine below works on token ids; here they meet the tokenizer and the render
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 import torch
+from pydantic import BaseModel
 
 from phikit.base.device import parse_dtype
 from phikit.base.errors import ChatError, ConfigError
 from phikit.chat.audio import load_audio
 from phikit.chat.image import load_image
 from phikit.chat.message import Message, Role
+from phikit.generate.constrain import Grammars
 from phikit.generate.engine import Engine
-from phikit.generate.request import Request
+from phikit.generate.request import Constraint, FinishReason, Request
+from phikit.generate.stops import CLOSES, OPENS, StopStrings, cut, visible
 from phikit.models.multimodal import Media, MultimodalConfig
 from phikit.weights import hub
 from phikit.weights import load as weights
@@ -27,18 +30,38 @@ from phikit.weights.load import Loaded
 NEW_TOKENS = 256
 """Longest reply if no length is given and the context has room for it."""
 
+MAX_TOP = 100
+"""Most of the likeliest tokens that may be reported at each place."""
+
 Prompt = str | Sequence[Message | Mapping[str, Any]]
 """Text to go on with, as it is; or a conversation to answer, which goes through the renderer."""
 
 
 class Options(TypedDict, total=False):
-    """How tokens are drawn."""
+    """How tokens are drawn, and what a reply has to be."""
 
     temperature: float
     """0, the default, always takes the likeliest token."""
     top_k: int | None
+    """Draw from that many of the likeliest tokens."""
     top_p: float | None
+    """Draw from the fewest of the likeliest tokens that have this probability together."""
+    min_p: float | None
+    """Draw from the tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float
+    """Above 1 makes tokens that have occurred, in the prompt too, less likely; 1 does nothing."""
     seed: int
+    stop: str | Sequence[str] | None
+    """Texts that end the reply, and are no part of it."""
+    top_log_probs: int
+    """How many of the likeliest tokens to report at each place."""
+    schema: Mapping[str, Any] | type[BaseModel] | None
+    """The reply is JSON that is valid under this JSON schema, or this pydantic model."""
+    regex: str | None
+    """The reply matches this from end to end."""
+    may_think: bool
+    """Whether a thought may stand before a reply with a schema or regex; if not given, it may where
+    the model is one that thinks and the prompt a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +69,16 @@ class Reply:
     """What a model said; `str(reply)` is its text."""
 
     text: str
-    """Without the thinking, if the prompt was a conversation."""
+    """Without the thinking, if the prompt was a conversation; it ends before a stop string."""
     thinking: str | None
     """What stood between <think> and </think>; None if there was none, or the prompt was text."""
     tokens: list[int]
     """Sampled ids, the stop token included."""
     log_probs: list[float]
     """Log-probability of each id, in nats."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    top_log_probs: list[list[tuple[int, float]]]
+    """(id, log-probability) of the likeliest tokens at each place; empty unless asked for."""
     prompt_tokens: int
 
     def __str__(self) -> str:
@@ -63,13 +88,24 @@ class Reply:
 class LanguageModel(Loaded):
     """A model with its tokenizer, its renderer, and an engine.
 
-    `model(ids_BT)` gives logits [B, T, V]; `generate` gives text.
+    `model(ids_BT)` gives logits [B, T, V]; `generate` gives text, `stream` gives it in pieces.
     """
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that runs requests on this model."""
+        """The engine that runs requests on this model: one with the defaults, unless `use` said."""
         return Engine(self.model)
+
+    def use(self, engine: Engine) -> None:
+        """Run requests on this engine from now on: one with a drafter, or another cache."""
+        assert engine.model is self.model
+        self.__dict__["engine"] = engine  # where `cached_property` keeps what it made
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes what replies with a schema or regex are held to."""
+        size, stop_ids = self.config.vocab_size, self.renderer.stop_ids
+        return Grammars(self.tokenizer, vocab_size=size, stop_ids=stop_ids)
 
     def generate(
         self,
@@ -90,28 +126,73 @@ class LanguageModel(Loaded):
             audio: the same for WAV, FLAC and OGG, with `<|audio_1|>`, ...
             max_new_tokens: the reply ends there at the latest; None allows `NEW_TOKENS`, or what
                 the context leaves.
-            options: `temperature` (0 unless given), `top_k`, `top_p`, `seed`.
+            options: see `Options`; `temperature` is 0 unless given.
 
         Raises:
             ContextOverflowError: prompt and reply do not fit into the model's context.
             ChatError: the messages cannot be rendered, or a file is no image or no sound, or the
                 model does not see or hear.
-            ConfigError: a setting makes no sense.
+            ConfigError: a setting makes no sense, or a schema or regex cannot be followed.
+            MissingExtraError: a schema or regex is given without the extra `structured`.
         """
         request = self.request(
             prompt, images=images, audio=audio, max_new_tokens=max_new_tokens, **options
         )
         return self.answer(request, is_chat=not isinstance(prompt, str))
 
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[str | Path | bytes] = (),
+        audio: Sequence[bytes | str | Path] = (),
+        max_new_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[str]:
+        """The text of `generate`'s reply in pieces, as soon as each is certain.
+
+        No piece ends within a character, and none holds a part of a stop string. Leaving the loop
+        ends the work. Arguments and errors are those of `generate`; what is wrong with the
+        arguments is raised here, not by the first piece.
+        """
+        request = self.request(
+            prompt, images=images, audio=audio, max_new_tokens=max_new_tokens, **options
+        )
+        return self.pieces(request, is_chat=not isinstance(prompt, str))
+
     def answer(self, request: Request, *, is_chat: bool) -> Reply:
         """Run one request; `is_chat` reads the reply as the renderer does, not as bare text."""
         [[completion]] = self.engine.generate([request])
+        message = self._read(completion.tokens, is_chat=is_chat)
+        message = cut_message(message, stop_strings(request))
+        return Reply(
+            message.content,
+            message.thinking,
+            **completion._asdict(),
+            prompt_tokens=len(request.prompt),
+        )
+
+    def pieces(self, request: Request, *, is_chat: bool) -> Iterator[str]:
+        """The text of `answer` in pieces, as `stream` gives them."""
+        strings, shown = stop_strings(request), ""
+        tags = (OPENS, CLOSES) if is_chat else ()
+        tokens: list[int] = []
+        for token in self.engine.stream(request):
+            tokens.append(token)
+            message = self._read(tokens, is_chat=is_chat)
+            # A tool call that is not complete is text until it is.
+            text = "" if message.note else visible(message.content, strings, tags=tags)
+            if text.startswith(shown) and text != shown:
+                yield text[len(shown) :]
+                shown = text
+        text = cut(self._read(tokens, is_chat=is_chat).content, strings)
+        if text.startswith(shown) and text != shown:
+            yield text[len(shown) :]
+
+    def _read(self, tokens: Sequence[int], *, is_chat: bool) -> Message:
         if is_chat:
-            message = self.renderer.parse(completion.tokens)
-            text, thinking = message.content, message.thinking
-        else:
-            text, thinking = self.tokenizer.decode(completion.tokens), None
-        return Reply(text, thinking, *completion, prompt_tokens=len(request.prompt))
+            return self.renderer.parse(tokens)
+        return Message("assistant", self.tokenizer.decode(tokens))
 
     def request(
         self,
@@ -138,13 +219,43 @@ class LanguageModel(Loaded):
             ids = self.renderer.prompt(messages, media=media and media.tokens)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.config.max_context - len(ids)))
-        values: Options = {"temperature": 0.0, **options}
-        stop_ids = self.renderer.stop_ids
+        may_think = self.renderer.thinks and not isinstance(prompt, str)
         request = Request(
-            ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, media=media, **values
+            ids,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.renderer.stop_ids,
+            stops=self._stops(options.pop("stop", None)),
+            constraint=self._constraint(
+                options.pop("schema", None),
+                options.pop("regex", None),
+                may_think=options.pop("may_think", may_think),
+            ),
+            media=media,
+            **{"temperature": 0.0, **options},
         )
-        _check(request)
+        check_drawing(request)
         return request
+
+    def _stops(self, strings: str | Sequence[str] | None) -> StopStrings | None:
+        strings = (strings,) if isinstance(strings, str) else tuple(strings or ())
+        return StopStrings(self.tokenizer, strings) if strings else None
+
+    def _constraint(
+        self,
+        schema: Mapping[str, Any] | type[BaseModel] | None,
+        regex: str | None,
+        *,
+        may_think: bool,
+    ) -> Callable[[], Constraint] | None:
+        if schema is not None and regex is not None:
+            raise ConfigError("a schema and a regex are given", fix="give one of them")
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            schema = schema.model_json_schema()
+        if schema is not None:
+            return self.grammars.json_schema(schema, may_think=may_think)
+        if regex is not None:
+            return self.grammars.regex(regex, may_think=may_think)
+        return None
 
     def _media(
         self, images: Sequence[str | Path | bytes], audio: Sequence[bytes | str | Path]
@@ -223,14 +334,31 @@ def _message(turn: Message | Mapping[str, Any]) -> Message:
     return message
 
 
-def _check(request: Request) -> None:
+def stop_strings(request: Request) -> tuple[str, ...]:
+    """The texts that end a request's reply."""
+    return request.stops.strings if isinstance(request.stops, StopStrings) else ()
+
+
+def cut_message(message: Message, strings: Sequence[str]) -> Message:
+    """The message as it stands before the first stop string."""
+    if not strings:
+        return message
+    thinking = None if message.thinking is None else cut(message.thinking, strings)
+    return replace(message, content=cut(message.content, strings), thinking=thinking)
+
+
+def check_drawing(request: Request) -> None:
     """Raise ConfigError, naming the first setting that makes no sense."""
-    top_k, top_p = request.top_k, request.top_p
+    top_k, top_p, min_p = request.top_k, request.top_p, request.min_p
     rules = (
         ("max_new_tokens", request.max_new_tokens >= 1, "1 or more"),
         ("temperature", 0 <= request.temperature < math.inf, "0 or more"),
         ("top_k", top_k is None or top_k >= 1, "1 or more, or None"),
         ("top_p", top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
+        ("min_p", min_p is None or 0 <= min_p <= 1, "0 to 1, or None"),
+        ("repetition_penalty", 0 < request.repetition_penalty < math.inf, "a number above 0"),
+        ("seed", -(2**63) <= request.seed < 2**63, "an integer of 64 bits"),
+        ("top_log_probs", 0 <= request.top_log_probs <= MAX_TOP, f"0 to {MAX_TOP}"),
     )
     for name, is_sound, wanted in rules:
         if not is_sound:

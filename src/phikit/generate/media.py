@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from phikit.base.errors import ChatError
@@ -25,20 +26,19 @@ def check_media(model: Decoder, request: Request) -> None:
         )
 
 
-def adapters_of(model: Decoder, requests: Sequence[Request]) -> list[str | None]:
-    """The adapter of each request: the one it names, else the one its media call for."""
-    wanted: list[str | None] = [None] * len(requests)
+def resolve_adapter(model: Decoder, request: Request) -> str | None:
+    """The adapter of a request: the one it names, else what its media call for, else the chosen."""
+    wanted = None
     if isinstance(model, MultimodalModel):
-        wanted = model.adapters_for([request.media for request in requests])
-    return [r.adapter or name for r, name in zip(requests, wanted, strict=True)]
+        [wanted] = model.adapters_for([request.media])
+    return request.adapter or wanted or route_of(model).chosen
 
 
-def embed_prompts(model: Decoder, tokens_BT: Tensor, requests: Sequence[Request]) -> Tensor:
-    """What the model's first block is given for the prompts of the requests, [B, T, D]."""
-    media = [request.media for request in requests]
-    if isinstance(model, MultimodalModel) and any(media):
-        return model.embed(tokens_BT, media=media)
-    return model.embed(tokens_BT)
+def embed_prompt(model: Decoder, request: Request) -> Tensor:
+    """What the model's first block is given for the prompt of a request with media, [T, D]."""
+    assert isinstance(model, MultimodalModel)
+    tokens_BT = torch.tensor([list(request.prompt)], device=model.device)
+    return model.embed(tokens_BT, media=[request.media])[0]
 
 
 def routed(model: Decoder, adapters: Sequence[str | None]) -> AbstractContextManager[None]:

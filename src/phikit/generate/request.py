@@ -4,7 +4,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from torch import Tensor
+
 from phikit.models.multimodal import Media
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Constraint(Protocol):
+    """What one reply may still become: a grammar, walked along with the tokens."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow."""
+        ...
+
+    def allowed(self) -> Tensor:
+        """Which ids may come next, bool [V] on the CPU; at least one."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on by one of the allowed ids."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +39,19 @@ class Request:
     """0 decodes greedily."""
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    """Keep tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that have occurred, and multiplies the negative."""
     seed: int = 0
     """Sample `i` of this request draws from the stream (seed, i), whatever else is in the batch."""
     stop_ids: tuple[int, ...] = ()
+    stops: Callable[[Sequence[int]], bool] | None = None
+    """Called after each token with all sampled ids so far; true ends the reply."""
+    constraint: Callable[[], Constraint] | None = None
+    """Makes what one sample is held to."""
+    top_log_probs: int = 0
+    """How many of the likeliest tokens to report at each place."""
     media: Media | None = None
     """What the prompt's placeholders stand for; a multimodal model needs it."""
     adapter: str | None = None
@@ -34,9 +65,11 @@ class Completion(NamedTuple):
     tokens: list[int]
     """Sampled ids, the stop token included."""
     log_probs: list[float]
-    """Log-probability in nats of each id under the temperature-scaled distribution, before top-k
-    and top-p cut it."""
-    finish_reason: Literal["stop", "length"]
+    """Log-probability in nats of each id under the temperature-scaled distribution, before top-k,
+    top-p and min-p cut it."""
+    finish_reason: FinishReason
+    top_log_probs: list[list[tuple[int, float]]]
+    """(id, log-probability) of the likeliest tokens at each place; empty unless asked for."""
 
 
 OnProgress = Callable[[int, int], None]

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from phikit.base.config import Config
 from phikit.nn.attention import Attend, AttentionShape, CausalAttention
-from phikit.nn.rope import LongRope, rope_tables
+from phikit.nn.linear import Linear
+from phikit.nn.quantised import QuantConfig
+from phikit.nn.rope import LongRope, RopeTables, rope_tables
 
 
 class DecoderConfig(Config):
@@ -90,14 +92,16 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.quantisation: QuantConfig | None = None
+        """How the weights are quantised; None where all are numbers in floating point."""
         self.model = Trunk(config, blocks, norm)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=head_bias)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What the first block is given, [B, T, D]."""
-        return self.model.embed_tokens(tokens_BT)
+        return self.model.embed_tokens(tokens_BT).to(self.dtype)
 
     def hidden(
         self,
@@ -110,25 +114,51 @@ class Decoder(nn.Module):
         return self.run_blocks(self.embed(tokens_BT), positions_BT=positions_BT, attend=attend)
 
     def run_blocks(
-        self, x_BTD: Tensor, *, positions_BT: Tensor | None = None, attend: Attend | None = None
+        self,
+        x_BTD: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        ends_B: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        """From embeddings to final normalised hidden states, [B, T, D] both."""
+        """From embeddings to final normalised hidden states, [B, T, D] both.
+
+        `ends_B` is the last position of the sequence that a row is a part of, by default the row's
+        own last; LongRoPE's factors depend on it.
+        """
         config = self.config
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         if attend is None:
             attend = CausalAttention(window=config.sliding_window)
-        rope = rope_tables(
+        rope = self.rope(positions_BT, ends_B=ends_B, dtype=x_BTD.dtype)
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, rope, attend)
+        return self.model.norm(x_BTD)
+
+    def rope(
+        self, positions_BT: Tensor, *, dtype: torch.dtype, ends_B: Tensor | None = None
+    ) -> RopeTables:
+        """What blocks rotate queries and keys by; arguments as in `run_blocks`."""
+        config = self.config
+        return rope_tables(
             positions_BT,
+            ends_B=ends_B,
             rotary_dim=config.rotary_dim,
             theta=config.rope_theta,
             longrope=config.longrope,
             max_context=config.max_context,
-            dtype=x_BTD.dtype,
+            dtype=dtype,
         )
-        for layer in self.model.layers:
-            x_BTD = layer(x_BTD, rope, attend)
-        return self.model.norm(x_BTD)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return next(self.model.norm.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.norm.parameters()).device
 
     @property
     def logit_bias(self) -> Tensor | None:

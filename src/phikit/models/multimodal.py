@@ -22,6 +22,7 @@ Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Final, Literal, Self
 
 import torch
@@ -61,6 +62,14 @@ class Media:
         return MediaTokens(
             [image.num_tokens for image in self.images], [clip.num_tokens for clip in self.clips]
         )
+
+    def digest(self) -> bytes:
+        """Equal for equal media alone."""
+        digest = blake2b(digest_size=16)
+        arrays = [part for image in self.images for part in (image.pixels_MCHW, image.mask_MPP)]
+        for array in (*arrays, *(clip.features_TF for clip in self.clips)):
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        return digest.digest()
 
 
 class LoraShape(Config):
@@ -187,7 +196,7 @@ class MultimodalModel(DenseModel):
     def _hear(self, clips: Sequence[AudioClip], mode: Literal["vision", "speech"]) -> list[Tensor]:
         if not clips:
             return []
-        device = self.lm_head.weight.device
+        device = self.device
         features = [torch.as_tensor(clip.features_TF) for clip in clips]
         lengths_B = torch.tensor([len(each) for each in features], device=device)
         return self.audio_embed(

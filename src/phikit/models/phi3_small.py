@@ -116,16 +116,23 @@ class Phi3SmallModel(Decoder):
         return super().embed(tokens_BT) * self.config.embedding_multiplier
 
     def run_blocks(
-        self, x_BTD: Tensor, *, positions_BT: Tensor | None = None, attend: Attend | None = None
+        self,
+        x_BTD: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        ends_B: Tensor | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
-        hidden_BTD = super().run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
+        hidden_BTD = super().run_blocks(
+            x_BTD, positions_BT=positions_BT, ends_B=ends_B, attend=attend
+        )
         return hidden_BTD / self.config.width_multiplier
 
     @property
     def logit_bias(self) -> Tensor:
-        weight_VD = self.lm_head.weight
-        dummies = torch.tensor(self.config.dummy_tokens, dtype=torch.long, device=weight_VD.device)
-        return weight_VD.new_zeros(len(weight_VD)).index_fill(0, dummies, float("-inf"))
+        dummies = torch.tensor(self.config.dummy_tokens, dtype=torch.long, device=self.device)
+        bias_V = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
+        return bias_V.index_fill(0, dummies, float("-inf"))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         return super().logits(hidden_BTD) + self.logit_bias

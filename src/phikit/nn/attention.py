@@ -15,7 +15,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from phikit.base.config import Config
-from phikit.nn.rope import RopeTables, rotate
+from phikit.nn.linear import Linear
+from phikit.nn.rope import RopeTables, split_rotate
 
 EXPLICIT_MAX_TOKENS = 512
 """Sequences up to this length use the written-out softmax on CPU."""
@@ -89,13 +90,14 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         self.head_dim = shape.head_dim
-        self.qkv_proj = nn.Linear(shape.d_model, sum(self.heads) * shape.head_dim, bias=bias)
-        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.d_model, bias=bias)
+        self.qkv_proj = Linear(shape.d_model, sum(self.heads) * shape.head_dim, bias=bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
-        qkv = self.qkv_proj(x_BTD).unflatten(-1, (sum(self.heads), self.head_dim))
-        qk, v_BTKH = qkv.split([self.heads[0] + self.heads[1], self.heads[2]], dim=2)
-        q_BTNH, k_BTKH = rotate(qk, rope).split(self.heads[:2], dim=2)
+        heads, kv_heads, _ = self.heads
+        q_BTNH, k_BTKH, v_BTKH = split_rotate(
+            self.qkv_proj(x_BTD), rope, heads=heads, kv_heads=kv_heads
+        )
         return self.o_proj(attend(q_BTNH, k_BTKH, v_BTKH, layer=self.layer).flatten(2))
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al., 2021): one frozen linear, any number of named adapters.
 
-`LoRALinear` *is* an `nn.Linear`, so the base weight keeps its checkpoint key and a model with
-adapters loads a checkpoint without them.
+`LoRALinear` *is* a `Linear`, and `LoRAQuantLinear` a `QuantLinear`, so the base weight keeps its
+checkpoint key and a model with adapters loads a checkpoint without them.
 
 Which adapter a row of the batch uses is data, not a property of the model (the Mixture-of-LoRAs of
 Phi-4-multimodal, arXiv 2503.01743, section 2.2.1): the linears of a model share one `AdapterRoute`,
@@ -13,13 +13,15 @@ bit, whatever its neighbours do.
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phikit.base.errors import ConfigError
+from phikit.base.errors import ConfigError, WeightsError
+from phikit.nn.linear import Linear
+from phikit.nn.quantised import PackedWeight, QuantLinear
 
 BLOCKS = "model.layers"
 """Where a decoder keeps its blocks; its encoders may have linears of the same names."""
@@ -67,7 +69,7 @@ class AdapterRows(NamedTuple):
 
 
 class AdapterRoute:
-    """Which adapters run: shared by all LoRALinears of a model, not safe across threads."""
+    """Which adapters run: shared by all adapted linears of a model, not safe across threads."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -94,25 +96,20 @@ class AdapterRoute:
             )
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with named low-rank adapters, of which at most one acts on each row."""
+class Adapted(nn.Module):
+    """What makes a linear layer one with named low-rank adapters; at most one acts on each row."""
 
     adapters: nn.ModuleDict
     route: AdapterRoute
 
-    @classmethod
-    def wrap(cls, linear: nn.Linear, route: AdapterRoute) -> "LoRALinear":
-        """A LoRALinear that shares `linear`'s parameters."""
-        wrapped = cls(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
-        )
-        wrapped.weight, wrapped.bias = linear.weight, linear.bias
-        wrapped.adapters = nn.ModuleDict()
-        wrapped.route = route
-        return wrapped
+    def adapt(self, route: AdapterRoute, adapters: nn.ModuleDict | None = None) -> Self:
+        """Begin with these adapters, or with none."""
+        self.adapters = nn.ModuleDict() if adapters is None else adapters
+        self.route = route
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
-        y = F.linear(input, self.weight, self.bias)
+        y = super().forward(input)
         for name, rows in self.route.now():
             if name not in self.adapters:
                 continue
@@ -122,15 +119,40 @@ class LoRALinear(nn.Linear):
         return y
 
 
-def lora_linears(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+class LoRALinear(Adapted, Linear):
+    """A linear layer with named low-rank adapters."""
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, route: AdapterRoute) -> Self:
+        """A LoRALinear that shares `linear`'s parameters."""
+        wrapped = cls(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        wrapped.weight, wrapped.bias = linear.weight, linear.bias
+        return wrapped.adapt(route)
+
+
+class LoRAQuantLinear(Adapted, QuantLinear):
+    """A quantised linear layer with named low-rank adapters in floating point."""
+
+
+def quantised(linear: nn.Linear, weight: PackedWeight) -> QuantLinear:
+    """`linear` over a quantised weight, with the bias and the adapters that it has."""
+    if isinstance(linear, LoRALinear):
+        made = LoRAQuantLinear(weight, bias=linear.bias)
+        return made.adapt(linear.route, linear.adapters)
+    return QuantLinear(weight, bias=linear.bias)
+
+
+def lora_linears(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAQuantLinear]]:
     """Paths and modules of all linears of a model that can carry adapters."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | LoRAQuantLinear):
             yield path, module
 
 
 def route_of(model: nn.Module) -> AdapterRoute:
-    """The route that the model's LoRALinears share; one of its own for a model without any."""
+    """The route that the model's adapted linears share; one of its own for a model without any."""
     _, linear = next(lora_linears(model), ("", None))
     return AdapterRoute() if linear is None else linear.route
 
@@ -148,10 +170,12 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 def add_adapter(model: nn.Module, path: str, *, name: str, adapter: LowRank) -> None:
     """Give the linear layer at `path` an adapter; freeze and choose nothing."""
     linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    if not isinstance(linear, LoRALinear):
+    if isinstance(linear, nn.Linear) and not isinstance(linear, LoRALinear):
         linear = LoRALinear.wrap(linear, route_of(model))
-        model.set_submodule(path, linear)
+    elif isinstance(linear, QuantLinear) and not isinstance(linear, LoRAQuantLinear):
+        linear = LoRAQuantLinear(linear.weight, bias=linear.bias).adapt(route_of(model))
+    assert isinstance(linear, LoRALinear | LoRAQuantLinear)
+    model.set_submodule(path, linear)
     linear.adapters[name] = adapter
     if name not in linear.route.names:
         linear.route.names.append(name)
@@ -176,7 +200,7 @@ def add_adapters(
     linears = {
         f"{within}.{path}": module
         for path, module in model.get_submodule(within).named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | QuantLinear)
     }
     leaves = {path.rpartition(".")[2] for path in linears}
     for target in targets:
@@ -186,13 +210,14 @@ def add_adapters(
                 f"the model's blocks have no linear layer {target!r}",
                 fix=f"the nearest name is {near[0]!r}" if near else None,
             )
+    like = next(model.parameters())
     trainable: list[nn.Parameter] = []
     for path, linear in linears.items():
         if path.rpartition(".")[2] in targets:
             adapter = LowRank(
                 linear.in_features, linear.out_features, rank=rank, alpha=alpha, generator=generator
             )
-            adapter.to(linear.weight.device, linear.weight.dtype)
+            adapter.to(like.device, like.dtype)
             add_adapter(model, path, name=name, adapter=adapter)
             trainable += adapter.parameters()
     return trainable
@@ -269,9 +294,15 @@ def merge_lora(
 
     Raises:
         ConfigError: the model has no such adapter, or it has others and `others` is None.
+        WeightsError: the model is quantised: a sum would have to be rounded to few bits again.
     """
     route = route_of(model)
     route.check(name)
+    if any(isinstance(linear, LoRAQuantLinear) for _, linear in lora_linears(model)):
+        raise WeightsError(
+            f"the model is quantised, and adapter {name!r} cannot be merged into it",
+            fix="merge it into the model that this one was quantised from, then quantise that",
+        )
     rest = [other for other in route.names if other != name]
     if rest and others is None:
         raise ConfigError(
@@ -280,6 +311,7 @@ def merge_lora(
         )
     route.names, route.chosen = rest, None
     for path, linear in list(lora_linears(model)):
+        assert isinstance(linear, LoRALinear)
         weight = linear.weight
         if name in linear.adapters:
             update = linear.adapters[name].delta()  # pyright: ignore[reportCallIssue]
@@ -288,7 +320,7 @@ def merge_lora(
         if others == "keep" and len(linear.adapters):
             linear.weight = weight
             continue
-        plain = nn.Linear(
+        plain = Linear(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
         )
         plain.weight, plain.bias = weight, linear.bias

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phikit.nn import kernels
+from phikit.nn.linear import Linear
+
 
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
@@ -32,6 +35,8 @@ class _GatedSilu(torch.autograd.Function):
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of the two halves of the last dimension, gate first."""
+    if kernels.ready(gate_up):
+        return kernels.gated_silu(gate_up)
     return _GatedSilu.apply(gate_up)  # pyright: ignore[reportReturnType]
 
 
@@ -40,8 +45,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(d_model, 2 * d_mlp, bias=False)
-        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_up_proj = Linear(d_model, 2 * d_mlp, bias=False)
+        self.down_proj = Linear(d_mlp, d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(gated_silu(self.gate_up_proj(x_BTD)))
@@ -52,8 +57,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(d_model, d_mlp)
-        self.down_proj = nn.Linear(d_mlp, d_model)
+        self.up_proj = Linear(d_model, d_mlp)
+        self.down_proj = Linear(d_mlp, d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
@@ -68,8 +73,8 @@ class ClampedGEGLU(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int, *, limit: float) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(d_model, 2 * d_mlp)
-        self.down_proj = nn.Linear(d_mlp, d_model)
+        self.up_proj = Linear(d_model, 2 * d_mlp)
+        self.down_proj = Linear(d_mlp, d_model)
         self.limit = limit
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phikit.nn.linear import product
 from phikit.nn.mlp import gated_silu
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,12 +92,17 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.weight = nn.Parameter(torch.zeros(num_experts, out_features, in_features))
 
     def forward(self, x_A: Tensor, ends_E: Tensor) -> Tensor:
         """Rows [A, in] to [A, out]; expert e owns the rows from `ends_E[e - 1]` to `ends_E[e]`."""
         product = grouped_product if can_group(self.weight) else looped_product
         return product(x_A, self.weight, ends_E)
+
+    def of(self, expert: int, x: Tensor) -> Tensor:
+        """One expert's product, [..., in] to [..., out]."""
+        return product(x, self.weight[expert])
 
 
 def can_group(weight_EOI: Tensor) -> bool:
@@ -137,7 +143,7 @@ class Experts(nn.Module):
         """The sum of the chosen experts' outputs, each times its gate, [T, D]."""
         if len(x_TD) == 1:
             return self._one_token(x_TD, ids_TC, gates_TC)
-        num_experts, num_choices = len(self.down_proj.weight), ids_TC.shape[1]
+        num_experts, num_choices = self.down_proj.num_experts, ids_TC.shape[1]
         ids_A, order_A = ids_TC.flatten().sort(stable=True)
         ends_E = torch.bincount(ids_A, minlength=num_experts).cumsum(0).int()
         mixed_AF = gated_silu(self.gate_up_proj(x_TD[order_A // num_choices], ends_E))
@@ -150,8 +156,8 @@ class Experts(nn.Module):
         """Decoding: the chosen experts in turn, nothing to sort."""
         outputs = []
         for expert in ids_1C[0].tolist():
-            mixed_1F = gated_silu(F.linear(x_1D, self.gate_up_proj.weight[expert]))
-            outputs.append(F.linear(mixed_1F, self.down_proj.weight[expert]))
+            mixed_1F = gated_silu(self.gate_up_proj.of(expert, x_1D))
+            outputs.append(self.down_proj.of(expert, mixed_1F))
         return gates_1C @ torch.cat(outputs)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phikit.nn import kernels
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -41,4 +43,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if kernels.ready(x_BTD, self.weight) and x_BTD.dtype == self.weight.dtype:
+            return kernels.rms_norm(x_BTD, self.weight, self.eps)
         return _RMSNorm.apply(x_BTD, self.weight, self.eps)  # pyright: ignore[reportReturnType]

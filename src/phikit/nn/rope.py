@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from phikit.base.config import Config
+from phikit.nn import kernels
 
 
 class LongRope(Config):
@@ -47,18 +48,24 @@ def attention_factor(longrope: LongRope | None, max_context: int) -> float:
 def rope_tables(
     positions_BT: Tensor,
     *,
+    ends_B: Tensor | None = None,
     rotary_dim: int,
     theta: float,
     longrope: LongRope | None,
     max_context: int,
     dtype: torch.dtype,
 ) -> RopeTables:
-    """Cosines and sines for the given positions, computed in float32 and cast to `dtype` last."""
+    """Cosines and sines for the given positions, computed in float32 and cast to `dtype` last.
+
+    LongRoPE's factors follow from `ends_B`, the last position of each row's sequence, by default
+    the row's own last.
+    """
     exponents = torch.arange(0, rotary_dim, 2, device=positions_BT.device).float() / rotary_dim
     frequencies = theta**exponents
     scale = attention_factor(longrope, max_context)
     if longrope is not None:
-        is_long_B111 = (positions_BT.amax(-1) >= longrope.original_context)[:, None, None, None]
+        ends_B = positions_BT.amax(-1) if ends_B is None else ends_B
+        is_long_B111 = (ends_B >= longrope.original_context)[:, None, None, None]
         short, long = (
             torch.tensor(factors, device=positions_BT.device) * frequencies
             for factors in (longrope.short_factor, longrope.long_factor)
@@ -99,4 +106,18 @@ def rotate(x_BTNH: Tensor, tables: RopeTables) -> Tensor:
     The gradient of a rotation is the rotation back, so the backward pass runs the same five
     operations in place of the fourteen that automatic differentiation would record.
     """
+    if kernels.ready(x_BTNH, *tables) and x_BTNH.dtype == tables.cos.dtype:
+        return kernels.rotate(x_BTNH, *tables)
     return _Rotate.apply(x_BTNH, tables.cos, tables.sin)  # pyright: ignore[reportReturnType]
+
+
+def split_rotate(
+    qkv_BTD: Tensor, tables: RopeTables, *, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, T, heads, H] of a fused projection, the first two rotated."""
+    if kernels.ready(qkv_BTD, *tables) and qkv_BTD.dtype == tables.cos.dtype:
+        return kernels.split_rotate(qkv_BTD, *tables, heads=heads, kv_heads=kv_heads)
+    qkv = qkv_BTD.unflatten(-1, (heads + 2 * kv_heads, -1))
+    qk, v_BTKH = qkv.split([heads + kv_heads, kv_heads], dim=2)
+    q_BTNH, k_BTKH = rotate(qk, tables).split([heads, kv_heads], dim=2)
+    return q_BTNH, k_BTKH, v_BTKH

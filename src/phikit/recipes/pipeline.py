@@ -50,6 +50,7 @@ from phikit.solve.plain import SamplingConfig, plain
 from phikit.train.loop import train
 from phikit.weights.hub import fetch
 from phikit.weights.load import Loaded, load
+from phikit.weights.quantised import refuse_quantised
 from phikit.weights.save import save
 
 ADAPTER = "stage"
@@ -204,7 +205,9 @@ class Pipeline:
         base = self.config.base
         assert not isinstance(base, NewBase)
         path = fetch(base.id, revision=base.revision) if isinstance(base, HubBase) else base.path
-        return self._load(path)
+        loaded = self._load(path)
+        refuse_quantised(loaded.model, "training it")
+        return loaded
 
     def _load(self, path: str | Path) -> Loaded:
         return load(path, dtype=parse_dtype(self.config.dtype))

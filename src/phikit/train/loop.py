@@ -27,6 +27,7 @@ from phikit.base.run import Run
 from phikit.models.decoder import Decoder
 from phikit.train.objective import Objective
 from phikit.train.optim import OptimConfig, Optimiser
+from phikit.weights.quantised import refuse_quantised
 
 
 class LoopConfig(Config):
@@ -77,9 +78,10 @@ def train(
 ) -> Totals:
     """Train to the last step, from the newest checkpoint of `run` if there is one.
 
-    Raises NumericsError when the loss is not finite, CheckpointError for a damaged checkpoint, and
-    Interrupted on Ctrl-C, after saving.
+    Raises NumericsError when the loss is not finite, CheckpointError for a damaged checkpoint,
+    WeightsError for a quantised model, and Interrupted on Ctrl-C, after saving.
     """
+    refuse_quantised(model, "training it")
     optimiser = Optimiser(model.named_parameters(), config.optim)
     totals = _resume(optimiser, run)
     progress.task(name, steps)

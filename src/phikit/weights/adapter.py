@@ -21,6 +21,7 @@ from phikit.base.files import storage_errors, write_atomic
 from phikit.models.decoder import Decoder
 from phikit.models.registry import checkpoint_parts
 from phikit.nn.lora import BLOCKS, LowRank, add_adapter, choose_adapter, lora_linears
+from phikit.nn.quantised import QuantLinear
 from phikit.weights.build import TensorSource, mismatches
 from phikit.weights.renamed import Renamed
 from phikit.weights.safetensors_files import open_file, write_tensors
@@ -134,7 +135,7 @@ def load_adapter(
         adapted = _adapted(model, source.shapes)
         wanted: dict[str, tuple[int, ...]] = {}
         for path, parts in adapted.items():
-            width = model.get_parameter(f"{path}.weight").shape[1]
+            width = _linear(model, path).in_features
             for part in parts:
                 if part.is_adapted:
                     rank, _ = settings.of(part.module)
@@ -151,8 +152,7 @@ def load_adapter(
     model.requires_grad_(False)
     trainable: list[nn.Parameter] = []
     for path, adapter in adapters.items():
-        weight = model.get_parameter(f"{path}.weight")
-        adapter = adapter.to(weight.device, dtype or weight.dtype)
+        adapter = adapter.to(model.device, dtype or model.dtype)
         add_adapter(model, path, name=name, adapter=adapter)
         trainable += adapter.parameters()
     choose_adapter(model, name)
@@ -217,7 +217,7 @@ def _adapted(model: Decoder, stored: Iterable[str]) -> dict[str, list[_Part]]:
     parts = {
         f"{BLOCKS}.{path}": _parts(model, f"{BLOCKS}.{path}")
         for path, module in model.get_submodule(BLOCKS).named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | QuantLinear)
     }
     leaves = {
         module.rpartition(".")[2]
@@ -261,7 +261,7 @@ def _targets(model: Decoder, leaves: list[str]) -> list[str] | str:
     outside = {
         path.rpartition(".")[2]
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not path.startswith(f"{BLOCKS}.")
+        if isinstance(module, nn.Linear | QuantLinear) and not path.startswith(f"{BLOCKS}.")
     }
     if outside.isdisjoint(leaves):
         return leaves
@@ -270,11 +270,17 @@ def _targets(model: Decoder, leaves: list[str]) -> list[str] | str:
 
 def _parts(model: Decoder, path: str) -> list[tuple[str, int]]:
     """The checkpoint's linear layers that make up ours at `path`: (module, rows)."""
-    weight = model.get_parameter(f"{path}.weight")
+    whole = _linear(model, path).out_features
     return [
-        (name.removesuffix(".weight"), rows or len(weight))
+        (name.removesuffix(".weight"), rows or whole)
         for name, rows in checkpoint_parts(model.config, f"{path}.weight")
     ]
+
+
+def _linear(model: Decoder, path: str) -> nn.Linear | QuantLinear:
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear | QuantLinear)
+    return linear
 
 
 def _key(module: str, letter: str) -> str:

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from phikit.base.errors import WeightsError
 from phikit.models.decoder import Decoder, DecoderConfig
 from phikit.models.registry import build, checkpoint_parts
+from phikit.nn.quantised import QuantConfig
+from phikit.weights.quantised import is_packed, put_empty
 
+BYTES = "U8"
+"""What files call the dtype of packed weights."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -53,21 +57,29 @@ class TensorSource(Protocol):
 
 
 def build_model(
-    config: DecoderConfig, source: TensorSource, *, dtype: torch.dtype | None
+    config: DecoderConfig,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype | None,
+    quantisation: QuantConfig | None = None,
 ) -> Decoder:
     """The model with the weights of `source`, on the CPU; `dtype` None keeps the stored one.
+
+    With a `quantisation` the source holds packed weights, which are read as they are.
 
     Raises:
         WeightsError: lists every missing, unexpected, misshapen or unreadable tensor.
     """
     model = _empty_model(config, source)
+    if quantisation is not None:
+        put_empty(model, quantisation)
     is_head_spare = _check(model, source)
     if dtype is None:
         dtype = source.stored_dtype()
     for key, tensor in list(named_tensors(model)):
-        filled = torch.empty(tensor.shape, dtype=dtype)
+        filled = torch.empty(tensor.shape, dtype=tensor.dtype if is_packed(key) else dtype)
         first = 0
-        for name, rows in checkpoint_parts(config, key):
+        for name, rows in stored_parts(config, key):
             if rows is None:
                 fill(filled, source.blocks(name))
             else:
@@ -90,6 +102,11 @@ def named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint holds of a model: its parameters, a tied head once, then its buffers."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def stored_parts(config: DecoderConfig, key: str) -> list[tuple[str, int | None]]:
+    """The tensors in files that make up our parameter or buffer `key`; see `Family.parts`."""
+    return [(key, None)] if is_packed(key) else checkpoint_parts(config, key)
 
 
 def as_rows(parameter: Tensor) -> Tensor:
@@ -134,16 +151,23 @@ def _check(model: Decoder, source: TensorSource) -> bool:
     """Compare names, shapes and dtypes; returns whether a tied head is stored all the same."""
     wanted: dict[str, tuple[int, ...]] = {}
     for key, tensor in named_tensors(model):
-        for name, rows in checkpoint_parts(model.config, key):
+        for name, rows in stored_parts(model.config, key):
             shape = tuple(tensor.shape)
             wanted[name] = shape if rows is None else (rows, *as_rows(tensor).shape[1:])
     # Old Llama checkpoints carry the rotary frequencies, which follow from the config.
     found = {n: s for n, s in source.shapes.items() if not n.endswith("rotary_emb.inv_freq")}
-    is_head_spare = model.config.tie_embeddings and HEAD in found
+    is_head_spare = model.config.tie_embeddings and HEAD in found and EMBEDDING in wanted
     if is_head_spare:
-        wanted[HEAD] = tuple(model.lm_head.weight.shape)
+        wanted[HEAD] = wanted[EMBEDDING]
 
-    faults = mismatches(found, wanted, unreadable=source.unreadable)
+    packed = {name for name in wanted if name.endswith(".packed")}
+    unreadable = {n: kind for n, kind in source.unreadable.items() if n not in packed}
+    faults = mismatches(found, wanted, unreadable=unreadable)
+    faults += [
+        f"{name} is kept as {source.unreadable.get(name, 'floating point')}, expected {BYTES}"
+        for name in packed & found.keys()
+        if source.unreadable.get(name) != BYTES
+    ]
     if faults:
         raise WeightsError(
             f"{source.where} does not fit the model its config describes:"

@@ -14,13 +14,23 @@ import torch
 from phikit.base.errors import ChatError, WeightsError
 from phikit.chat.render import Renderer
 from phikit.chat.tokenizer import Tokenizer
-from phikit.models.decoder import DecoderConfig
+from phikit.models.decoder import Decoder, DecoderConfig
 from phikit.models.multimodal import MultimodalConfig
 from phikit.models.registry import build
+from phikit.nn.quantised import PackedWeight, QuantConfig
 from phikit.weights.adapter import CONFIG as ADAPTER_CONFIG
 from phikit.weights.adapter import TENSORS as ADAPTER_TENSORS
+from phikit.weights.build import named_tensors
 from phikit.weights.gguf import GGUFFile
-from phikit.weights.load import find, folder_renderer, gguf_renderer, read_config, read_json
+from phikit.weights.load import (
+    find,
+    folder_renderer,
+    gguf_renderer,
+    read_config,
+    read_json,
+    read_quantisation,
+)
+from phikit.weights.quantised import put_empty
 from phikit.weights.safetensors_files import open_file, open_folder
 
 BLOCK = 32
@@ -41,13 +51,24 @@ class Stored(NamedTuple):
     """What lies in the files."""
 
     layout: str
-    """"Hugging Face" or "GGUF"."""
+    """"Hugging Face", "phikit" for packed weights, or "GGUF"."""
     dtype: str
     """That of the embeddings, or the quantisation of a GGUF file."""
     files: int
     size: int
     """Bytes of all files with weights."""
     tensors: int
+
+
+class Packed(NamedTuple):
+    """The quantised part of a checkpoint, and what is in floating point beside it."""
+
+    config: QuantConfig
+    weights: int
+    size: int
+    """Bytes of the packed weights and their scales."""
+    kept: Mapping[str, int]
+    """Numbers in floating point, by the name of their layer or encoder."""
 
 
 class Description(NamedTuple):
@@ -61,6 +82,7 @@ class Description(NamedTuple):
     renderer_fault: str | None
     """Why there is no renderer, or no tokenizer."""
     adapters: tuple[Adapter, ...]
+    packed: Packed | None = None
 
 
 class Memory(NamedTuple):
@@ -82,12 +104,13 @@ def describe(path: str | Path) -> Description:
     where = find(path)
     if where.is_file():
         return _describe_gguf(where)
-    config = read_config(where)
+    config, quantisation = read_config(where), read_quantisation(where)
     with open_folder(where) as source:
         weights = sorted(where.glob("model*.safetensors"))
         dtype = str(source.stored_dtype()).removeprefix("torch.")
         size = sum(file.stat().st_size for file in weights)
-        stored = Stored("Hugging Face", dtype, len(weights), size, len(source.shapes))
+        layout = "Hugging Face" if quantisation is None else "phikit"
+        stored = Stored(layout, dtype, len(weights), size, len(source.shapes))
         inside = _adapters_inside(source.shapes, config)
     tokenizer = renderer = fault = None
     try:
@@ -96,7 +119,33 @@ def describe(path: str | Path) -> Description:
     except ChatError as error:
         fault = error.what
     beside = [describe_adapter(file.parent) for file in sorted(where.glob(f"*/{ADAPTER_CONFIG}"))]
-    return Description(where, config, stored, tokenizer, renderer, fault, (*inside, *beside))
+    packed = None if quantisation is None else describe_packed(config, quantisation)
+    adapters = (*inside, *beside)
+    return Description(where, config, stored, tokenizer, renderer, fault, adapters, packed)
+
+
+def describe_packed(config: DecoderConfig, quantisation: QuantConfig) -> Packed:
+    """What a model of this config holds once it is quantised like this."""
+    with torch.device("meta"):
+        model = build(config)
+    put_empty(model, quantisation)
+    packed = {part for part in model.modules() if isinstance(part, PackedWeight)}
+    kept: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        top = name.partition(".")[0]
+        part = name.rsplit(".", 2)[-2] if top in ("model", "lm_head") else top
+        kept[part] = kept.get(part, 0) + parameter.numel()
+    return Packed(
+        quantisation,
+        weights=sum(part.shape.numel() for part in packed),
+        size=sum(part.packed.nbytes + part.scales.nbytes for part in packed),
+        kept=kept,
+    )
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes that a model's weights take in memory."""
+    return sum(tensor.nbytes for _, tensor in named_tensors(model))
 
 
 def describe_adapter(folder: Path) -> Adapter:
@@ -145,7 +194,7 @@ def cache_bytes_per_token(config: DecoderConfig) -> int:
 
 def _describe_gguf(path: Path) -> Description:
     source = GGUFFile(path)
-    stored = Stored("GGUF", _quantisation(source), 1, path.stat().st_size, len(source.shapes))
+    stored = Stored("GGUF", gguf_quantisation(source), 1, path.stat().st_size, len(source.shapes))
     tokenizer = renderer = fault = None
     try:
         tokenizer = source.tokenizer()
@@ -155,7 +204,8 @@ def _describe_gguf(path: Path) -> Description:
     return Description(path, source.config, stored, tokenizer, renderer, fault, ())
 
 
-def _quantisation(source: GGUFFile) -> str:
+def gguf_quantisation(source: GGUFFile) -> str:
+    """What a file says about its weights: "BF16", "Q4_0", "Q4_K_M"."""
     import gguf
 
     number = source.metadata.get("general.file_type")

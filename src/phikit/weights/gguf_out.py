@@ -4,12 +4,16 @@ Norms and other vectors stay in float32, as llama.cpp wants. Under "q4_0" the em
 head are kept in Q8_0, since an error there reaches every token. A matrix whose rows are no multiple
 of a quantisation's block of 32 becomes F16. Tensors are quantised and written one at a time.
 
+A model that phikit has quantised keeps its integers and scales, since its groups are blocks or
+whole numbers of blocks: nothing is rounded a second time, and what GPTQ has gained stays.
+
 What the file says beside the weights follows llama.cpp's converter (`conversion/phi.py`, `llama.py`
 and `base.py`), except that no token is put before a prompt: our renderers write whole prompts.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,7 +22,10 @@ from torch import Tensor
 from phikit.base.errors import WeightsError
 from phikit.base.files import replacing
 from phikit.models.dense import DenseConfig
+from phikit.models.registry import checkpoint_parts
+from phikit.nn.quantised import PackedWeight
 from phikit.nn.rope import LongRope
+from phikit.weights import gguf_blocks
 from phikit.weights.gguf import RENDERER_KEY, import_gguf
 from phikit.weights.gguf_layout import (
     LONG_FACTORS,
@@ -37,20 +44,40 @@ from phikit.weights.gguf_tokenizer import (
     tables_of,
 )
 from phikit.weights.load import Loaded
+from phikit.weights.quantised import is_packed
 from phikit.weights.save import checkpoint_tensors, refuse_adapters
 
 Quant = Literal["f16", "bf16", "q8_0", "q4_0"]
+OnProgress = Callable[[int, int], None]
+"""Called after each tensor with the number of weights written and of all."""
 _BLOCK_NUMBERS = 1 << 20  # quantised at once
 _GREATEST = {"F16": 65504, "Q8_0": 65504 * 127, "Q4_0": 65504 * 8}
 """The greatest magnitude a kind keeps; its scales are float16."""
 
 
-def save_gguf(path: str | Path, loaded: Loaded, *, quant: Quant) -> None:
+class _Tensor(NamedTuple):
+    """A tensor of the file."""
+
+    source: Tensor | PackedWeight
+    rows: slice
+    """Of the source."""
+    shape: tuple[int, ...]
+    kind: Any
+    """`gguf.GGMLQuantizationType`."""
+
+
+def save_gguf(
+    path: str | Path, loaded: Loaded, *, quant: Quant, on_progress: OnProgress | None = None
+) -> None:
     """Write weights, tokenizer and chat template to `path`, under another name first.
+
+    A quantised model is written as `quant` "q4_0" or "q8_0", whichever has its bits; as "f16" or
+    "bf16" it is dequantised.
 
     Raises:
         WeightsError: the model is of another family, has adapters attached, holds numbers that the
-            quantisation cannot keep, or is one that llama.cpp would run otherwise.
+            quantisation cannot keep, is quantised to other bits, or is one that llama.cpp would run
+            otherwise.
         ChatError: llama.cpp has no name for how the tokenizer splits text.
         StorageError: the disk is full or the folder may not be written.
         MissingExtraError: the `gguf` package is not installed.
@@ -66,12 +93,9 @@ def save_gguf(path: str | Path, loaded: Loaded, *, quant: Quant) -> None:
     refuse_adapters(loaded.model)
     check_writable(config)
     tables = tables_of(loaded.tokenizer, rows=config.vocab_size)
-    weights = {
-        name: (tensor, _kind(gguf, name, tensor, quant))
-        for name, tensor in checkpoint_tensors(loaded.model).items()
-    }
-    for name, (tensor, kind) in weights.items():
-        _check_range(name, tensor, kind)
+    weights = {**_plain(gguf, loaded, quant), **_quantised(gguf, loaded, quant)}
+    for name, tensor in weights.items():
+        _check_range(name, tensor)
 
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, config.layout)
@@ -82,63 +106,123 @@ def save_gguf(path: str | Path, loaded: Loaded, *, quant: Quant) -> None:
             factors = {} if config.longrope is None else _factors(config.longrope)
             for name, values in factors.items():
                 writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-            for name, (tensor, kind) in weights.items():
-                packed = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            for name, tensor in weights.items():
                 writer.add_tensor_info(
                     gguf_name(name, config.layout),
                     tensor.shape,
                     np.dtype(np.float32),
-                    int(np.prod(packed)),
-                    raw_dtype=kind,
+                    int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))),
+                    raw_dtype=tensor.kind,
                 )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for values in factors.values():
                 writer.write_tensor_data(values)
-            for name, (tensor, kind) in weights.items():
-                if is_permuted(name, config.layout):
-                    tensor = halves_to_pairs(tensor, config.head_dim)
-                writer.write_tensor_data(_packed(gguf, tensor.to("cpu"), kind))
+            done, of = 0, sum(int(np.prod(tensor.shape)) for tensor in weights.values())
+            for name, tensor in weights.items():
+                is_permuted_here = is_permuted(name, config.layout)
+                writer.write_tensor_data(_bytes(tensor, config.head_dim if is_permuted_here else 0))
+                done += int(np.prod(tensor.shape))
+                if on_progress is not None:
+                    on_progress(done, of)
         finally:
             writer.close()
 
 
-def _kind(gguf: Any, name: str, tensor: Tensor, quant: Quant) -> Any:
+def _plain(gguf: Any, loaded: Loaded, quant: Quant) -> dict[str, _Tensor]:
+    """The weights in floating point."""
+    if loaded.model.quantisation is not None and quant in ("q8_0", "q4_0"):
+        # What a quantised model has left in floating point stays there.
+        quant = "bf16" if loaded.model.dtype == torch.bfloat16 else "f16"
+    return {
+        name: _Tensor(
+            tensor,
+            slice(None),
+            tuple(tensor.shape),
+            _kind(gguf, name, tuple(tensor.shape), quant),
+        )
+        for name, tensor in checkpoint_tensors(loaded.model).items()
+        if not is_packed(name)
+    }
+
+
+def _quantised(gguf: Any, loaded: Loaded, quant: Quant) -> dict[str, _Tensor]:
+    """The packed weights, under the names that their parts have in files."""
+    found: dict[str, _Tensor] = {}
+    seen: set[PackedWeight] = set()
+    bits = loaded.model.quantisation and loaded.model.quantisation.bits
+    if bits and quant in ("q8_0", "q4_0") and quant != gguf_blocks.KINDS[bits]:
+        raise WeightsError(
+            f"the model is quantised to {bits} bits, and {quant} would round it again",
+            fix=f"write it as {gguf_blocks.KINDS[bits]}, which keeps its numbers, or as f16",
+        )
+    for path, weight in loaded.model.named_modules():
+        if not isinstance(weight, PackedWeight) or weight in seen:  # tied embeddings and head
+            continue
+        seen.add(weight)
+        kind = quant.upper() if quant in ("f16", "bf16") else gguf_blocks.KINDS[weight.bits].upper()
+        first, (out_features, width) = 0, weight.shape
+        for name, rows in checkpoint_parts(loaded.config, path):
+            count = out_features if rows is None else rows
+            part = slice(first, first + count)
+            found[name] = _Tensor(weight, part, (count, width), gguf.GGMLQuantizationType[kind])
+            first += count
+    return found
+
+
+def _kind(gguf: Any, name: str, shape: tuple[int, ...], quant: Quant) -> Any:
     """The quantisation of one tensor."""
     kinds = gguf.GGMLQuantizationType
-    if tensor.ndim == 1:
+    if len(shape) == 1:
         return kinds.F32
     kind = kinds[quant.upper()]
     if kind == kinds.Q4_0 and not name.startswith("model.layers."):
         kind = kinds.Q8_0
     block_numbers, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kinds.F16 if tensor.shape[-1] % block_numbers else kind
+    return kinds.F16 if shape[-1] % block_numbers else kind
 
 
-def _check_range(name: str, tensor: Tensor, kind: Any) -> None:
-    greatest = _GREATEST.get(kind.name)
-    if greatest is not None and not tensor.abs().amax() <= greatest:  # NaN is refused too
+def _check_range(name: str, tensor: _Tensor) -> None:
+    greatest, source = _GREATEST.get(tensor.kind.name), tensor.source
+    if greatest is None:
+        return
+    if isinstance(source, PackedWeight):  # the magnitude of its numbers is about that of this
+        largest = source.scales.abs().amax().float() * 2 ** (source.bits - 1)
+    else:
+        largest = source.abs().amax()
+    if not largest <= greatest:  # NaN is refused too
         raise WeightsError(
-            f"{name} holds {tensor.abs().amax():.3g}, beyond the {greatest:.3g} of {kind.name}",
+            f"{name} holds {largest:.3g}, beyond the {greatest:.3g} of {tensor.kind.name}",
             fix='write it with quant="bf16"',
         )
 
 
-def _packed(gguf: Any, tensor: Tensor, kind: Any) -> np.ndarray:
-    """The bytes of a tensor under a quantisation, as an array of any shape."""
-    if kind.name == "F32":
-        return tensor.float().numpy()
-    if kind.name == "F16":
-        return tensor.half().numpy()
-    if kind.name == "BF16":
-        return tensor.bfloat16().contiguous().view(torch.int16).numpy()
-    packed = np.empty(gguf.quant_shape_to_byte_shape(tensor.shape, kind), np.uint8)
-    step = max(1, _BLOCK_NUMBERS // tensor.shape[-1])
-    for first in range(0, len(tensor), step):
-        rows = slice(first, first + step)
-        packed[rows] = gguf.quantize(tensor[rows].float().numpy(), kind)
-    return packed
+def _bytes(tensor: _Tensor, head_dim: int) -> np.ndarray:
+    """What stands in the file; `head_dim` is 0 where the order of rows stays."""
+    source, kind = tensor.source, tensor.kind.name.lower()
+    is_block = kind in ("q8_0", "q4_0")
+    if isinstance(source, PackedWeight):
+        if is_block:
+            q_OI, scales_OB = gguf_blocks.transferred(source, tensor.rows)
+            if head_dim:
+                q_OI, scales_OB = (halves_to_pairs(x, head_dim) for x in (q_OI, scales_OB))
+            return gguf_blocks.blocks(q_OI, scales_OB, kind).numpy()
+        source = source.dequantise(torch.float32)
+    weight = source[tensor.rows].to("cpu")
+    if head_dim:
+        weight = halves_to_pairs(weight, head_dim)
+    if is_block:
+        step = max(1, _BLOCK_NUMBERS // weight.shape[-1])
+        parts = [gguf_blocks.quantised(rows.float(), kind) for rows in weight.split(step)]
+        return torch.cat(parts).numpy()
+    match kind:
+        case "f32":
+            return weight.float().numpy()
+        case "f16":
+            return weight.half().numpy()
+        case _:
+            return weight.bfloat16().contiguous().view(torch.int16).numpy()
 
 
 def _factors(longrope: LongRope) -> dict[str, np.ndarray]:

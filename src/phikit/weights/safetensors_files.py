@@ -26,7 +26,8 @@ from torch import Tensor
 
 from phikit.base.errors import WeightsError
 from phikit.base.files import read_exactly, replacing
-from phikit.weights.build import EMBEDDING, fill
+from phikit.weights.build import BYTES, EMBEDDING, fill
+from phikit.weights.quantised import is_packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_BYTES = 4 << 20
@@ -38,6 +39,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    BYTES: torch.uint8,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -80,7 +82,7 @@ class SafetensorsFiles:
         self.unreadable = {
             name: entry.dtype
             for name, (_, entry) in self._entries.items()
-            if entry.dtype not in _DTYPES
+            if entry.dtype not in _DTYPES or entry.dtype == BYTES
         }
         self._block = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
@@ -107,10 +109,17 @@ class SafetensorsFiles:
         return tensor
 
     def stored_dtype(self) -> torch.dtype:
-        """That of the embeddings; WeightsError if there are none."""
-        if EMBEDDING not in self._entries or EMBEDDING in self.unreadable:
+        """That of the embeddings, or of any other weight where they are packed.
+
+        Raises WeightsError if there are none.
+        """
+        plain = [
+            name for name in self.shapes if name not in self.unreadable and not is_packed(name)
+        ]
+        name = plain[0] if plain and f"{EMBEDDING}.packed" in self.shapes else EMBEDDING
+        if name not in plain:
             raise WeightsError(f"{self.where} has no {EMBEDDING} in floating point")
-        return _DTYPES[self._entries[EMBEDDING][1].dtype]
+        return _DTYPES[self._entries[name][1].dtype]
 
     def close(self) -> None:
         for file in self._files:
@@ -153,7 +162,7 @@ def open_folder(folder: Path) -> SafetensorsFiles:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write one file under another name, then rename it; `dtype` None keeps that of each tensor.
+    """Write one file under another name, then rename it; `dtype` as in `dtype_in_file`.
 
     Copies one tensor at a time, and none that is contiguous, on the CPU and of the right dtype.
 
@@ -161,22 +170,27 @@ def write_tensors(
         StorageError: the disk is full or the folder may not be written.
     """
     # Widest numbers first: then every tensor starts at a multiple of its numbers' size.
-    ordered = sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize)
+    kept = {name: dtype_in_file(name, tensor, dtype) for name, tensor in tensors.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -kept[item[0]].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in ordered:
-        kept = dtype or tensor.dtype
-        stop = start + tensor.numel() * kept.itemsize
+        stop = start + tensor.numel() * kept[name].itemsize
         shape = list(tensor.shape)
-        header[name] = {"dtype": _CODES[kept], "shape": shape, "data_offsets": [start, stop]}
+        header[name] = {"dtype": _CODES[kept[name]], "shape": shape, "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            flat = tensor.detach().to("cpu", dtype or tensor.dtype).reshape(-1)
+        for name, tensor in ordered:
+            flat = tensor.detach().to("cpu", kept[name]).reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def dtype_in_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for; the tensor's own where that is None, and always for packed weights."""
+    return tensor.dtype if dtype is None or is_packed(name) else dtype
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -215,13 +229,15 @@ def _open(path: Path) -> FileIO:
 def _read_header(file: FileIO, path: Path) -> dict[str, _Entry]:
     """The tensors of a file; they lie one behind the other, from the header to the end."""
     size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    _refuse_other_formats(start, path)
-    length = int.from_bytes(start, "little")
+    start = file.read(9)
+    if start[8:] != b"{":  # lengths such as 896, in bytes, begin like a pickle
+        _refuse_other_formats(start, path)
+    length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > size - 8:
         raise _damaged(path, f"its header is longer than its {size} bytes")
     if length > _MAX_HEADER_BYTES:
         raise _damaged(path, f"its header claims {length} bytes")
+    file.seek(8)
     try:
         text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=_without_doubles)

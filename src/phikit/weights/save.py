@@ -1,7 +1,8 @@
 """Save a model as the folder that Hugging Face libraries read.
 
 Nothing in it is ours alone: `transformers` loads the same weights, ids and chat template. The one
-addition is the renderer's name in `tokenizer_config.json`, which others ignore. The weights are
+addition is the renderer's name in `tokenizer_config.json`, which others ignore. A quantised model
+is the exception: phikit alone reads its packed weights (`weights.quantised`). The weights are
 written tensor by tensor from where they lie, so saving needs no second copy of the model.
 """
 
@@ -17,12 +18,13 @@ from phikit.base.errors import WeightsError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.models.decoder import Decoder
 from phikit.models.multimodal import SPEECH, VISION, MultimodalModel, adapter_folder, is_beside
-from phikit.models.registry import checkpoint_parts, config_to_hf
-from phikit.nn.lora import LoRALinear, route_of
+from phikit.models.registry import config_to_hf
+from phikit.nn.lora import lora_linears, route_of
 from phikit.weights.adapter import save_adapter
-from phikit.weights.build import as_rows, named_tensors
+from phikit.weights.build import as_rows, named_tensors, stored_parts
 from phikit.weights.load import RENDERER_KEY, Loaded
-from phikit.weights.safetensors_files import INDEX, SINGLE, write_tensors
+from phikit.weights.quantised import KEY, to_hf
+from phikit.weights.safetensors_files import INDEX, SINGLE, dtype_in_file, write_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size at which Hugging Face libraries begin another file."""
@@ -43,7 +45,7 @@ def save(
     Args:
         folder: made if need be.
         loaded: the model and what it is talked to through.
-        dtype: of the weights in the files; None keeps the one they have.
+        dtype: of the weights in the files, packed ones apart; None keeps the one they have.
         max_shard_bytes: the tensors of one file; a single tensor may exceed it.
 
     Raises:
@@ -56,7 +58,7 @@ def save(
         refuse_adapters(model)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    dtype = dtype or model.lm_head.weight.dtype
+    dtype = dtype or model.dtype
     end_of_text = renderer.stop_ids[-1]
     config = config_to_hf(model.config) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -66,6 +68,8 @@ def save(
         "eos_token_id": renderer.stop_ids[0],
         "pad_token_id": None,
     }
+    if model.quantisation is not None:
+        config[KEY] = to_hf(model.quantisation)
     generation = {"eos_token_id": list(renderer.stop_ids), "pad_token_id": end_of_text}
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -89,7 +93,7 @@ def save(
 
 def refuse_adapters(model: Decoder) -> None:
     """Raise WeightsError if adapters are attached: files of whole models hold plain weights."""
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if any(True for _ in lora_linears(model)):
         raise WeightsError(
             "the model has adapters attached, and a model file holds plain weights",
             fix="merge them (nn.lora.merge_lora), or save them alone (weights.save_adapter)",
@@ -99,13 +103,14 @@ def refuse_adapters(model: Decoder) -> None:
 def checkpoint_tensors(model: Decoder, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights under the names of the model's Hugging Face family; a tied head is absent.
 
-    With `dtype` None they are views of the model's own memory; otherwise copies if need be.
+    With `dtype` None they are views of the model's own memory; otherwise copies if need be. Packed
+    weights have names of their own and keep their dtype.
     """
     tensors = {}
     for key, tensor in named_tensors(model):
-        weight = tensor.detach().to(dtype=dtype or tensor.dtype)
+        weight = tensor.detach().to(dtype=dtype_in_file(key, tensor, dtype))
         first = 0
-        for name, rows in checkpoint_parts(model.config, key):
+        for name, rows in stored_parts(model.config, key):
             if rows is None:
                 tensors[name] = weight
             else:
@@ -119,9 +124,10 @@ def _write_shards(
 ) -> None:
     """Write one file, or several with an index; then remove those of an older save."""
     shards: list[dict[str, Tensor]] = [{}]
-    room = max_bytes
+    room, total = max_bytes, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
+        size = tensor.numel() * dtype_in_file(name, tensor, dtype).itemsize
+        total += size
         if size > room and shards[-1]:
             shards.append({})
             room = max_bytes
@@ -134,7 +140,6 @@ def _write_shards(
     for name, shard in zip(names, shards, strict=True):
         write_tensors(folder / name, shard, dtype=dtype)
     if count > 1:
-        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
         files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         names.append(INDEX)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from phikit.base.errors import ChatError, ContextOverflowError, StorageError
+from phikit.base.errors import ChatError, ConfigError, ContextOverflowError, StorageError
 from phikit.chat.message import Message
 from phikit.chat.render import renderer_for
 from phikit.chat.tokenizer import Tokenizer
@@ -66,6 +66,25 @@ def test_a_long_question_names_both_numbers_and_leaves_no_turn(loaded: Loaded):
     conversation.take("What is 12 + 7? " * 4)
     with pytest.raises(ContextOverflowError, match="/reset"):
         conversation.take("What is 12 + 7? " * 12)
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_seen(loaded: Loaded):
+    free = talk(loaded, max_new_tokens=40)
+    free.take("Hello")
+    answer = free.turns[1].content
+    stop = answer[len(answer) // 2 :][:3]
+    stopped = talk(loaded, max_new_tokens=40, others={"stop": [stop]})
+    stopped.take("Hello")
+    assert stopped.turns[1].content == answer[: answer.index(stop)]
+    assert stop not in shown(stopped.console)
+
+
+def test_options_reach_the_engine(loaded: Loaded):
+    options = {"top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+    request = talk(loaded, others=options)._request([Message("user", "Hello")])
+    assert {name: getattr(request, name) for name in options} == options
+    with pytest.raises(ConfigError, match="top_p is 0"):
+        talk(loaded, others={"top_p": 0.0}).take("Hello")
 
 
 def test_save_writes_messages(loaded: Loaded, tmp_path: Path):

@@ -1,14 +1,17 @@
 """What `phikit.load` returns: text and messages in, replies out."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
 import phikit
 from phikit.base.errors import ChatError, ConfigError, ContextOverflowError, WeightsError
@@ -86,11 +89,111 @@ def test_sampling_follows_seed_and_temperature(model: LanguageModel):
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"top_log_probs": -1}, "top_log_probs is -1"),
+        ({"top_log_probs": 101}, "top_log_probs is 101"),
+        ({"stop": [""]}, "stop is"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"schema": {"type": "strin"}}, "strin"),
+        ({"schema": dict}, "no JSON object"),
+        ({"schema": {}, "regex": "a"}, "a schema and a regex"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(model: LanguageModel, options, words: str):
     with pytest.raises(ConfigError, match=words):
         model.generate("a", **options)
+
+
+def test_a_reply_ends_before_a_stop_string(model: LanguageModel):
+    free = model.generate("The answer", max_new_tokens=30, temperature=2.0, seed=3)
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 3]
+    reply = model.generate("The answer", max_new_tokens=30, temperature=2.0, seed=3, stop=stop)
+    assert reply.text == free.text[: free.text.index(stop)]
+    assert reply.finish_reason == "stop"
+    assert reply.tokens == free.tokens[: len(reply.tokens)]
+    assert stop in model.tokenizer.decode(reply.tokens)
+    assert stop not in model.tokenizer.decode(reply.tokens[:-1])
+    several = model.generate(
+        "The answer", max_new_tokens=30, temperature=2.0, seed=3, stop=["\0 never", stop]
+    )
+    assert several == reply
+
+
+@pytest.mark.parametrize("prompt", ["The answer", [{"role": "user", "content": "Hello"}]], ids=str)
+def test_a_stream_is_the_reply_in_pieces(model: LanguageModel, prompt):
+    for seed in range(4):
+        options = {"max_new_tokens": 60, "temperature": 1.5, "seed": seed}
+        whole = model.generate(prompt, **options)
+        assert "".join(model.stream(prompt, **options)) == whole.text
+        stop = whole.text[20:22] or "x"
+        shown = ""
+        for piece in model.stream(prompt, **options, stop=stop):
+            assert piece
+            shown += piece
+            assert stop not in shown
+        assert shown == model.generate(prompt, **options, stop=stop).text
+
+
+def test_a_stream_refuses_mistakes_at_once_and_may_be_left(model: LanguageModel):
+    with pytest.raises(ConfigError, match="top_k is 0"):
+        model.stream("a", top_k=0)
+    for _ in model.stream("The answer", max_new_tokens=100, temperature=1.0):
+        assert model.engine.busy
+        break
+    assert not model.engine.busy
+
+
+def test_likeliest_tokens_and_penalties_are_passed_on(model: LanguageModel):
+    reply = model.generate("The answer", max_new_tokens=5, top_log_probs=3)
+    assert [top[0][0] for top in reply.top_log_probs] == reply.tokens
+    assert [top[0][1] for top in reply.top_log_probs] == pytest.approx(reply.log_probs)
+    assert all(len(top) == 3 for top in reply.top_log_probs)
+    said = model.generate("The answer", max_new_tokens=40, repetition_penalty=1e6).tokens
+    assert len(set(said)) == len(said)
+    assert model.generate("a", max_new_tokens=6, temperature=3.0, min_p=1.0).tokens == (
+        model.generate("a", max_new_tokens=6).tokens
+    )
+
+
+def test_replies_with_a_schema_or_a_regex(model: LanguageModel):
+    class Answer(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        total: int = Field(ge=0, le=999)
+        unit: Literal["apples", "pears"]
+
+    asked = [{"role": "user", "content": "How many apples?"}]
+    for seed in range(4):
+        options = {"temperature": 1.0, "seed": seed, "max_new_tokens": 200}
+        for prompt in ("Result: ", asked):
+            # A random model would think for ever.
+            reply = model.generate(prompt, schema=Answer, may_think=False, **options)
+            assert reply.finish_reason == "stop"
+            Answer.model_validate_json(reply.text)
+            pieces = model.stream(prompt, schema=Answer, may_think=False, **options)
+            assert "".join(pieces) == reply.text
+        reply = model.generate("Result: ", regex=r"[0-9]{1,3} (apples|pears)", **options)
+        assert re.fullmatch(r"[0-9]{1,3} (apples|pears)", reply.text)
+    schema = Answer.model_json_schema()
+    assert model.generate("a", schema=schema).text == model.generate("a", schema=Answer).text
+
+
+def test_a_model_that_thinks_may_do_so_before_its_answer(model: LanguageModel):
+    asked = [{"role": "user", "content": "How many apples?"}]
+    think = model.tokenizer.special("<think>")
+
+    def allowed(prompt, **options) -> list[int]:
+        constraint = model.request(prompt, regex="[0-9]", **options).constraint
+        assert constraint is not None
+        return constraint().allowed().nonzero()[:, 0].tolist()
+
+    assert think in allowed(asked)
+    assert think not in allowed(asked, may_think=False)
+    assert think not in allowed("How many apples?")
 
 
 def test_mistakes_in_prompts_are_typed(model: LanguageModel):
@@ -147,7 +250,7 @@ def test_a_question_about_an_image_and_a_clip(seeing: LanguageModel, tmp_path: P
     asked = [{"role": "user", "content": "what is this"}]
     placed = [{"role": "user", "content": "<|image_1|><|audio_1|>what is this"}]
     reply = seeing.generate(asked, max_new_tokens=4, **files)
-    assert reply == seeing.generate(placed, max_new_tokens=4, **files)
+    assert reply.tokens == seeing.generate(placed, max_new_tokens=4, **files).tokens
     request = seeing.request(asked, **files)
     assert request.media is not None
     assert [len(part) for part in request.media.tokens] == [1, 1]

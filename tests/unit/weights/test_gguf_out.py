@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_the_old_file(loaded: Loaded, tmp_path: Path, monk
     def fail(*_: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("phikit.weights.gguf_out._packed", fail)
+    monkeypatch.setattr("phikit.weights.gguf_out._bytes", fail)
     with pytest.raises(RuntimeError):
         save_gguf(path, loaded, quant="f16")
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -360,3 +360,14 @@ def test_loading_holds_one_copy(loaded: Loaded, folder: Path):
         command = [sys.executable, "-c", program, str(folder), name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert int(done.stdout) * 1024 <= 1.15 * numbers * dtype.itemsize + 300e6, name
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x4B50])
+def test_a_header_may_be_as_long_as_a_pickle_begins(tmp_path: Path, length: int):
+    """The first bytes are the header's length: 896 is 80 03, as of a pickle, and 19280 is "PK"."""
+    header = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode().ljust(length)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + text + b"\0\0\0\0")
+    with open_file(file) as source:
+        assert source.read("x").tolist() == [0.0]

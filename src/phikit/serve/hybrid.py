@@ -1,0 +1,78 @@
+"""A router made from its config: read from a file, its local side on the server's shelf."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from phikit.base.errors import ConfigError
+from phikit.chat.message import Message
+from phikit.generate.chat import Chat, ChatOptions, ChatReply, LocalChat
+from phikit.generate.remote import Remote
+from phikit.generate.reply import Piece
+from phikit.serve.budget import Budget, Metered
+from phikit.serve.models import ModelShelf
+from phikit.serve.router import Router, RouterConfig, Score
+
+
+def read_router_config(path: Path) -> RouterConfig:
+    """The config in a `.toml` or `.json` file.
+
+    Raises:
+        ConfigError: the file cannot be read, or its settings cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="check the path") from error
+    except ValueError as error:  # of TOML, of JSON, of UTF-8
+        raise ConfigError(f"{path} is neither TOML nor JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no settings", fix="see docs/hybrid.md")
+    return RouterConfig.resolve(data)
+
+
+def open_cloud(config: RouterConfig) -> Metered | None:
+    """The config's cloud, which spends from its budget; None if it names none.
+
+    Raises:
+        ConfigError: the key's environment variable is not set.
+        StorageError: the budget cannot be kept.
+    """
+    return None if config.cloud is None else Metered(Remote(config.cloud), Budget(config.budget))
+
+
+def open_router(config: RouterConfig, local: Chat | None, *, score: Score | None = None) -> Router:
+    """A router with the config's cloud; for the arguments see `Router`.
+
+    Raises:
+        ConfigError: as `open_cloud`, or the signal needs a scorer.
+        StorageError: as `open_cloud`, or the log cannot be written.
+    """
+    return Router(config, local=local, cloud=open_cloud(config), score=score)
+
+
+class ShelfChat:
+    """A model of a server as a `Chat`: loaded when asked, in use while it answers."""
+
+    def __init__(self, shelf: ModelShelf, name: str) -> None:
+        self._shelf, self._name = shelf, name
+
+    def answer(self, messages: Sequence[Message], options: ChatOptions) -> list[ChatReply]:
+        """See `Chat.answer`; raises UnknownModelError too, and what loading may raise."""
+        with self._model() as model:
+            return model.answer(messages, options)
+
+    def stream(
+        self, messages: Sequence[Message], options: ChatOptions
+    ) -> Iterator[Piece | ChatReply]:
+        """See `Chat.stream`; raises as `answer`."""
+        with self._model() as model:
+            yield from model.stream(messages, options)
+
+    @contextmanager
+    def _model(self) -> Iterator[LocalChat]:
+        with self._shelf.acquire(self._name) as served:
+            yield LocalChat(served.loaded, start=served.worker.submit)
