@@ -40,6 +40,7 @@ from phikit.solve.solver import Reply
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_SHARE, TARGET_KEPT = 0.5, 0.9
 VOTES = {"num_samples": 8, "temperature": 0.8}
+MAX_POINTS = 200
 SEED = 32
 """No evaluation of a pipeline draws with it."""
 
@@ -49,7 +50,7 @@ Sides = tuple[list[list[Reply]], list[list[Reply]], list[list[Reply]]]
 
 def main() -> None:
     """Measure, write the figures and the picture, and say whether the target is met."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--local", default="runs/nano_reasoner")
     parser.add_argument("--cloud", default="runs/nano_long")
     parser.add_argument("--problems", type=int, default=1000)
@@ -84,7 +85,7 @@ def main() -> None:
         "met": rows[best]["share"] <= TARGET_SHARE and rows[best]["kept"] >= TARGET_KEPT,
         "signals": rows,
     }
-    write(record, judged, best, options.out)
+    write(record, options.out)
     tell(record)
 
 
@@ -184,8 +185,15 @@ def row(validation: list[routing.Case], test: list[routing.Case]) -> dict[str, A
         "kept_low": interval.low,
         "kept_high": interval.high,
         "gap": gap._asdict(),
-        **routing.to_dict(test),
+        **thinned(routing.to_dict(test)),
     }
+
+
+def thinned(record: dict[str, Any]) -> dict[str, Any]:
+    """With no more points than a picture shows."""
+    step = -(-len(record["curve"]) // MAX_POINTS)
+    *most, last = record["curve"]
+    return record | {"curve": [*most[::step], last]}
 
 
 def at_target(judged: list[routing.Case]) -> routing.Point:
@@ -193,16 +201,15 @@ def at_target(judged: list[routing.Case]) -> routing.Point:
     return routing.at(judged, routing.threshold_for(judged, share=TARGET_SHARE))
 
 
-def write(
-    record: dict[str, Any], judged: dict[str, list[list[routing.Case]]], best: str, out: Path
-) -> None:
+def write(record: dict[str, Any], out: Path) -> None:
     """The figures and the picture, the chosen signal first."""
-    order = [best, *(signal for signal in judged if signal != best)]
     for folder in ("results", "images"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     (out / "results" / "router.json").write_text(json.dumps(record, indent=1) + "\n")
-    picture = {signal: judged[signal][1] for signal in order}
-    routing_chart(picture, out / "images" / "router.png", chosen=at_target(judged[best][1]))
+    rows, best = record["signals"], record["chosen"]
+    picture = {best: rows[best]} | rows
+    chosen = rows[best]["share"], rows[best]["accuracy"]
+    routing_chart(picture, out / "images" / "router.png", chosen=chosen)
 
 
 def tell(record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,7 +102,8 @@ def _hold(conversation: "Conversation", *, keeps_lines: bool) -> None:
             raise typer.Exit(1)
         return
     conversation.greet()
-    with line_editing(conversation.commands, keeps=keeps_lines):
+    # A Ctrl-C while another is being dealt with is the second of two quick ones.
+    with line_editing(conversation.commands, keeps=keeps_lines), suppress(KeyboardInterrupt):
         _talk(conversation, typed(interrupts), interrupts)
 
 
@@ -115,8 +117,9 @@ def _talk(conversation: "Conversation", inputs: Iterator[str], interrupts: Inter
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
+            is_second = interrupts.again()
             typer.echo("(stopped)")
-            if interrupts.again():
+            if is_second:
                 break
         except PhikitError as error:
             typer.echo(f"phikit: {error}", err=True)

@@ -72,7 +72,7 @@ def evaluate_router(
     }
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     picture = out.with_suffix(".png")
-    routing_chart({policy.signal: judged}, picture)
+    routing_chart({policy.signal: record}, picture)
     if as_json:
         typer.echo(json.dumps(record, indent=1))
     else:

@@ -27,6 +27,7 @@ IGNORED = (
 obeyed where a call is forced, and is a wish elsewhere.)"""
 
 Zero = Annotated[float | None, Field(ge=0, le=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 One = Annotated[int | None, Field(ge=1, le=1)]
 
 
@@ -236,8 +237,8 @@ class CompletionRequest(Drawing):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     """16 unless given, as OpenAI has it."""
@@ -254,8 +255,8 @@ class EmbeddingRequest(Wire):
     input: (
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = None

@@ -22,7 +22,7 @@ from phikit.serve.page_talks import Choice, Talks
 from phikit.serve.page_view import view
 
 try:
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
     from fastapi import FastAPI
     from fastapi.responses import FileResponse, PlainTextResponse, Response
     from starlette.types import ASGIApp

@@ -115,5 +115,6 @@ def test_cases_are_judged_by_the_reply_that_is_taken():
 
 def test_the_picture_is_drawn(tmp_path: Path):
     path = tmp_path / "router.png"
-    routing_chart({"log_prob": CASES, "agreement": CASES}, path, chosen=at(CASES, 0.5))
+    record = to_dict(CASES)
+    routing_chart({"log_prob": record, "agreement": record}, path, chosen=(0.25, 0.75))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000

@@ -9,29 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.unit.serve.house import House, at_hand, running, small_engine
+from tests.unit.serve.house import House, at_hand, make_tool_tokenizer, running, small_engine
 
 from phikit.chat.render import renderer_for
-from phikit.chat.tokenizer import Tokenizer, train_tokenizer
+from phikit.chat.tokenizer import Tokenizer
 from phikit.generate.language_model import LanguageModel
 from phikit.serve.models import ModelShelf
-
-SPECIALS = (
-    *("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-    *("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),
-    *("<|endoftext10|>", "<|endoftext11|>"),
-)
-WORDS = (
-    'What is 12 + 7? The answer is 19, {"name": "add", "arguments": {"a": 12, "b": 7}}\n',
-    "Anna has three apples and buys four more. How many apples does she have?\n\n",
-    "You are a helpful assistant. Hello there, how are you today? [1, 2, 3] true false\n",
-)
 
 
 @pytest.fixture(scope="session")
 def tool_tokenizer() -> Tokenizer:
     """A small tokenizer with the special tokens of Phi-4-multimodal."""
-    return train_tokenizer(WORDS, size=310, specials=SPECIALS)
+    return make_tool_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from phikit.chat.tokenizer import Tokenizer, train_tokenizer
 from phikit.generate.engine import Engine
 from phikit.generate.language_model import LanguageModel
 from phikit.serve import server
@@ -16,6 +17,17 @@ from phikit.serve.limits import Limits
 from phikit.serve.media import Fetcher
 from phikit.serve.models import ModelShelf, Source
 from phikit.serve.router import Router
+
+SPECIALS = (
+    *("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),
+    *("<|endoftext10|>", "<|endoftext11|>"),
+)
+WORDS = (
+    'What is 12 + 7? The answer is 19, {"name": "add", "arguments": {"a": 12, "b": 7}}\n',
+    "Anna has three apples and buys four more. How many apples does she have?\n\n",
+    "You are a helpful assistant. Hello there, how are you today? [1, 2, 3] true false\n",
+)
 
 
 class House(NamedTuple):
@@ -82,3 +94,8 @@ def running(
 
 def small_engine(loaded: LanguageModel) -> Engine:
     return Engine(loaded.model, cache_bytes=64 << 20, max_rows=128)
+
+
+def make_tool_tokenizer() -> Tokenizer:
+    """A small tokenizer with the special tokens of Phi-4-multimodal."""
+    return train_tokenizer(WORDS, size=310, specials=SPECIALS)
