@@ -70,6 +70,16 @@ class PagedAttention:
         self.lengths_32 = self._short(positions_S).int() + 1
         self.longest = int(positions_S.max()) + 1
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What differs between steps of equally many tokens that all read from their blocks; the
+        tables change in place."""
+        return self.slots_S, self.rows_32, self.lengths_32
+
+    def reads_blocks(self, rows: int) -> bool:
+        """Whether all of so many rows are tokens that read from their blocks."""
+        return not self.long and len(self.positions_S) == rows
+
     def __call__(
         self,
         q_BTNH: Tensor,
@@ -83,7 +93,7 @@ class PagedAttention:
         q_SNH, k_SKH, v_SKH = (x[:count, 0].contiguous() for x in (q_BTNH, k_BTKH, v_BTKH))
         held = self.cache.layers[layer]
         held.store(k_SKH, v_SKH, self.slots_S)
-        if not self.long and count == len(q_BTNH):
+        if self.reads_blocks(len(q_BTNH)):
             return self._from_blocks(q_SNH, held, pattern)[:, None]
         out_BNH = torch.zeros_like(q_BTNH[:, 0])
         if self.short_S is None:

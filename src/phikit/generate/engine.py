@@ -30,6 +30,7 @@ from phikit.generate.blocks import BLOCK_TOKENS, BlockPool, name_root
 from phikit.generate.cache import PagedCache, block_bytes
 from phikit.generate.draw import Draw, draw
 from phikit.generate.media import check_media, embed_prompt, resolve_adapter, routed
+from phikit.generate.replay import Replays
 from phikit.generate.request import Completion, OnProgress, Request
 from phikit.generate.schedule import Scheduler, Span
 from phikit.generate.sequence import Event, Ticket
@@ -77,7 +78,9 @@ class Engine:
             self.pool, max_rows=max_rows, max_context=context, step_tokens=step_tokens
         )
         self._cache: PagedCache | None = None
+        self._replays = Replays(model)
         self._weights: object = None
+        self._places: list[int] = []
 
     @property
     def busy(self) -> bool:
@@ -273,6 +276,7 @@ class Engine:
                 positions_BT=F.pad(positions_S, (0, padding))[:, None],
                 ends_B=self._ends(spans, padding),
                 attend=attend,
+                walk=None if any(adapters) else self._replays,
             )
         return hidden_BTD[: len(positions), 0]
 
@@ -345,6 +349,10 @@ class Engine:
         if weights != self._weights:
             self.pool.forget()
             self._weights = weights
+        places = [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())]
+        if places != self._places:
+            self._replays.forget()
+            self._places = places
 
     def _ready_cache(self) -> PagedCache:
         if self._cache is None:

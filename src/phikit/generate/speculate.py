@@ -15,6 +15,7 @@ import torch
 from phikit.generate.attend import PagedAttention, Stretch
 from phikit.generate.blocks import BLOCK_TOKENS, BlockPool
 from phikit.generate.cache import PagedCache, block_bytes
+from phikit.generate.replay import Replays
 from phikit.generate.sequence import Sequence
 from phikit.models.decoder import Decoder
 
@@ -108,6 +109,7 @@ class DraftModel:
         self.cache = PagedCache(
             model.config, blocks=self.pool.size, dtype=model.dtype, device=model.device
         )
+        self._replays = Replays(model)
         self._followed: dict[Sequence, _Followed] = {}
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
@@ -176,6 +178,7 @@ class DraftModel:
             self.model.embed(torch.tensor(tokens, device=device)[:, None]),
             positions_BT=positions_S[:, None],
             attend=attend,
+            walk=self._replays,
         )
         last = torch.tensor([s.first + s.count - 1 for s in stretches], device=device)
         return self.model.logits(hidden_BTD[last, 0]).argmax(-1).tolist()

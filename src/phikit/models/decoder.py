@@ -5,7 +5,7 @@ weights are here. The trunk's names (`model.embed_tokens`, `model.layers`, `mode
 are those of Hugging Face checkpoints.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -66,6 +66,10 @@ class DecoderConfig(Config):
         return self
 
 
+Walk = Callable[[Tensor, RopeTables, Attend], Tensor]
+"""From embeddings to the final norm, as `Decoder.through_blocks`."""
+
+
 class Trunk(nn.Module):
     """Embeddings, the blocks of a family, the final norm."""
 
@@ -120,11 +124,12 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         ends_B: Tensor | None = None,
         attend: Attend | None = None,
+        walk: Walk | None = None,
     ) -> Tensor:
         """From embeddings to final normalised hidden states, [B, T, D] both.
 
         `ends_B` is the last position of the sequence that a row is a part of, by default the row's
-        own last; LongRoPE's factors depend on it.
+        own last; LongRoPE's factors depend on it. `walk` stands in for `through_blocks`.
         """
         config = self.config
         if positions_BT is None:
@@ -132,6 +137,10 @@ class Decoder(nn.Module):
         if attend is None:
             attend = CausalAttention(window=config.sliding_window)
         rope = self.rope(positions_BT, ends_B=ends_B, dtype=x_BTD.dtype)
+        return (walk or self.through_blocks)(x_BTD, rope, attend)
+
+    def through_blocks(self, x_BTD: Tensor, rope: RopeTables, attend: Attend) -> Tensor:
+        """The blocks one after another, then the final norm."""
         for layer in self.model.layers:
             x_BTD = layer(x_BTD, rope, attend)
         return self.model.norm(x_BTD)

@@ -20,7 +20,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError
-from phikit.models.decoder import Decoder, DecoderConfig
+from phikit.models.decoder import Decoder, DecoderConfig, Walk
 from phikit.models.hf import check_activation, read_rope, renamed
 from phikit.nn.attention import Attend, BlockSparse, SelfAttention
 from phikit.nn.mlp import ClampedGEGLU
@@ -122,9 +122,10 @@ class Phi3SmallModel(Decoder):
         positions_BT: Tensor | None = None,
         ends_B: Tensor | None = None,
         attend: Attend | None = None,
+        walk: Walk | None = None,
     ) -> Tensor:
         hidden_BTD = super().run_blocks(
-            x_BTD, positions_BT=positions_BT, ends_B=ends_B, attend=attend
+            x_BTD, positions_BT=positions_BT, ends_B=ends_B, attend=attend, walk=walk
         )
         return hidden_BTD / self.config.width_multiplier
 

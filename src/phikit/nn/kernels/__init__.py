@@ -47,12 +47,14 @@ _EVERY_KEY = 2**31 - 1
 _SIGNATURES = {
     "rms_norm": "cpppiifc",
     "split_rotate": "cppppiiiippiic",
+    "add": "cpppic",
     "gated_silu": "cppiic",
     "linear": "cppppiiic",
     "packed_linear": "ccpppppiiiic",
     "unpack": "ccpppiiic",
     "store": "ccppppppiiipic",
     "paged_attention": "ccpppppiiippppiiiic",
+    "replay": "pi",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "c": ctypes.c_int, "f": ctypes.c_float}
 
@@ -74,6 +76,7 @@ _library: Any = None
 _status: str | None = None
 """What `status` says; None until the first use."""
 _loading = threading.Lock()
+_thread = threading.local()
 
 
 def _load() -> None:
@@ -125,6 +128,11 @@ def ready(*tensors: Tensor) -> bool:
     return _library is not None
 
 
+def _functions() -> Any:
+    """What this thread calls: the library, or what writes its calls down (`record.py`)."""
+    return getattr(_thread, "recorder", None) or _library
+
+
 # --- One pass over activations ------------------------------------------------------------------
 
 
@@ -134,7 +142,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out, width = torch.empty_like(x), x.shape[-1]
     x_at, weight_at, out_at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     rows, threads = x.numel() // width, torch.get_num_threads()
-    _library.rms_norm(_CODES[x.dtype], x_at, weight_at, out_at, rows, width, eps, threads)
+    _functions().rms_norm(_CODES[x.dtype], x_at, weight_at, out_at, rows, width, eps, threads)
     return out
 
 
@@ -166,10 +174,19 @@ def _split_rotate(
     half = cos.shape[-1]
     places = [part.data_ptr() for part in parts]
     q_at, k_at, v_at = places if len(places) == 3 else (places[0], None, None)
-    _library.split_rotate(
+    _functions().split_rotate(
         *(_CODES[x.dtype], x.data_ptr(), q_at, k_at, v_at, tokens, *heads, parts[0].shape[-1]),
         *(cos.data_ptr(), sin.data_ptr(), cos.numel() // half, half, torch.get_num_threads()),
     )
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """`a + b`, of one shape and dtype."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    out, threads = torch.empty_like(a), torch.get_num_threads()
+    a_at, b_at, out_at = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    _functions().add(_CODES[a.dtype], a_at, b_at, out_at, a.numel(), threads)
+    return out
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
@@ -177,7 +194,7 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     rows, threads = out.numel() // width, torch.get_num_threads()
-    _library.gated_silu(
+    _functions().gated_silu(
         _CODES[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), rows, width, threads
     )
     return out
@@ -195,7 +212,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x_at, weight_at, y_at = x.data_ptr(), weight.data_ptr(), y.data_ptr()
     bias_at = None if bias is None else bias.data_ptr()
     rows, threads = x.numel() // width, torch.get_num_threads()
-    _library.linear(_CODES[x.dtype], x_at, weight_at, bias_at, y_at, rows, width, outputs, threads)
+    _functions().linear(
+        _CODES[x.dtype], x_at, weight_at, bias_at, y_at, rows, width, outputs, threads
+    )
     return y
 
 
@@ -216,7 +235,7 @@ def packed_linear(
     group, bits = _group_and_bits(packed, width)
     y = x.new_empty((*x.shape[:-1], out_features))
     bias_at = None if bias is None else bias.data_ptr()
-    _library.packed_linear(
+    _functions().packed_linear(
         *(_CODES[x.dtype], bits, x.data_ptr(), packed.data_ptr(), scales.data_ptr(), bias_at),
         *(y.data_ptr(), rows, width, out_features, group, torch.get_num_threads()),
     )
@@ -245,7 +264,7 @@ def unpack(packed: Tensor, scales: Tensor, *, out: Tensor) -> Tensor:
     """Fill `out`, float32 or bfloat16 [O, I], with the matrix that packed weights stand for."""
     outputs, width = out.shape
     group, bits = _group_and_bits(packed, width)
-    _library.unpack(
+    _functions().unpack(
         *(_CODES[out.dtype], bits, packed.data_ptr(), scales.data_ptr(), out.data_ptr()),
         *(outputs, width, group, torch.get_num_threads()),
     )
@@ -284,7 +303,7 @@ def store(
         key_scales: float32 [blocks, block_tokens, K] of an int8 cache: max|.| / 127.
         value_scales: the same.
     """
-    _library.store(
+    _functions().store(
         *(_CODES[k_SKH.dtype], _CODES[keys.dtype], k_SKH.data_ptr(), v_SKH.data_ptr()),
         *_cache_arguments(keys, values, key_scales, value_scales),
         *(slots_S.data_ptr(), len(slots_S), torch.get_num_threads()),
@@ -320,7 +339,7 @@ def paged_attention(
     assert tables_RM.is_contiguous()
     tokens, heads, _ = q_SNH.shape
     out_SNH = torch.empty_like(q_SNH)
-    _library.paged_attention(
+    _functions().paged_attention(
         *(_CODES[q_SNH.dtype], _CODES[keys.dtype], q_SNH.data_ptr()),
         *_cache_arguments(keys, values, key_scales, value_scales),
         *(tables_RM.data_ptr(), rows_S.data_ptr(), lengths_S.data_ptr(), out_SNH.data_ptr()),

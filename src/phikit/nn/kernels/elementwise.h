@@ -1,4 +1,4 @@
-// Norm, rotation and gate: one pass over a row each, float32 inside.
+// Norm, rotation, sum and gate: one pass over a row each, float32 inside.
 
 #pragma once
 
@@ -59,6 +59,14 @@ void split_rotate(const T* x, T* q, T* k, T* v, int64_t tokens, int64_t heads, i
         turn(from, q + t * q_size, heads, width, c, s, half);
         turn(from + q_size, k + t * kv_size, kv_heads, width, c, s, half);
         if (kv_size > 0) std::memcpy(v + t * kv_size, from + q_size + kv_size, kv_size * sizeof(T));
+    }
+}
+
+template <class T> void add(const T* a, const T* b, T* out, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) if (count > PARALLEL_ELEMENTS)
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t left = count - i;
+        store(out + i, load(a + i, left) + load(b + i, left), left);
     }
 }
 

@@ -1,6 +1,9 @@
 // The functions that phikit.nn.kernels calls, with a C interface: addresses, sizes, dtype codes.
 // Shapes are checked in Python; nothing here allocates results.
 
+#include <type_traits>
+#include <utility>
+
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -51,6 +54,13 @@ void phikit_split_rotate(int code, const void* x, void* q, void* k, void* v, int
         typedef typename decltype(type)::type T;
         split_rotate(of<T>(x), of<T>(q), of<T>(k), of<T>(v), tokens, heads, kv_heads, width,
                      of<T>(cos), of<T>(sin), angles, half, threads);
+    });
+}
+
+void phikit_add(int code, const void* a, const void* b, void* out, int64_t count, int threads) {
+    with_type(code, [&](auto type) {
+        typedef typename decltype(type)::type T;
+        add(of<T>(a), of<T>(b), of<T>(out), count, threads);
     });
 }
 
@@ -120,6 +130,47 @@ void phikit_paged_attention(int code, int cache_code, const void* q, void* keys,
             paged_attention(in, cache, threads);
         });
     });
+}
+
+}
+
+namespace {
+
+// An argument as it was written down: an address, a size, or the bits of a double.
+template <class A> A argument(int64_t word) {
+    if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(word);
+    if constexpr (std::is_floating_point_v<A>) return A(read<double>(&word));
+    if constexpr (std::is_integral_v<A>) return A(word);
+}
+
+constexpr int64_t ARGUMENTS = 19;  // the most that a function takes
+
+template <class... A, size_t... I>
+void call(void (*function)(A...), const int64_t* words, std::index_sequence<I...>) {
+    static_assert(sizeof...(A) <= ARGUMENTS);
+    function(argument<A>(words[I])...);
+}
+
+template <class... A> void call(void (*function)(A...), const int64_t* words) {
+    call(function, words, std::index_sequence_for<A...>{});
+}
+
+template <auto FUNCTION> void called(const int64_t* words) { call(FUNCTION, words); }
+
+// In the order of _SIGNATURES in Python.
+constexpr void (*FUNCTIONS[])(const int64_t*) = {
+    called<phikit_rms_norm>, called<phikit_split_rotate>,  called<phikit_add>,
+    called<phikit_gated_silu>, called<phikit_linear>,      called<phikit_packed_linear>,
+    called<phikit_unpack>,   called<phikit_store>,         called<phikit_paged_attention>,
+};
+
+}  // namespace
+
+extern "C" {
+
+// Calls as they were written down: the function's place in FUNCTIONS, then its arguments.
+void phikit_replay(const int64_t* calls, int64_t count) {
+    for (; count > 0; count--, calls += 1 + ARGUMENTS) FUNCTIONS[calls[0]](calls + 1);
 }
 }
 #pragma GCC visibility pop
