@@ -7,7 +7,8 @@ The first lets both take turns at the same prompts: the engine in a process of i
 server with one client process that reads all streams. Wanted: 0.95 of the engine's tokens a second.
 
 The second keeps so many streams open for so many seconds, each reply compared with what the engine
-says to its prompt alone, and watches the server's memory.
+says to its prompt alone, and watches the server's memory. The cache takes memory as its blocks are
+first written, up to its bound, so all of them are written before the clock starts.
 
 Both write their part of docs/results/serve.json.
 """
@@ -32,6 +33,10 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results" / "serve.json"
 WANTED = 0.95
+CACHE_GIB = "0.5"
+"""Of the server in the long run."""
+FILLING_WORDS = 400
+"""Of the prompts that fill its cache."""
 TEXTS = (
     "Tell a story about a lighthouse and number {} of its keepers.",
     "Explain why {} is or is not a prime number, step by step.",
@@ -72,11 +77,11 @@ def engine_alone(job: Job) -> Play:
     ]
 
     def play() -> Outcome:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         replies = speaker.engine.generate(requests)
-        seconds = time.perf_counter() - started
+        seconds, work = time.perf_counter() - started, time.process_time() - worked
         said = sum(len(completion.tokens) for [completion] in replies)
-        return Outcome(said / seconds, {"tokens": said})
+        return Outcome(said / seconds, {"tokens": said, "cpu_ms_per_token": 1000 * work / said})
 
     return play
 
@@ -111,10 +116,13 @@ def over_http(job: Job) -> Play:
     bodies = [body(text, job.tokens) for text in prompts(job.streams)]
 
     def play() -> Outcome:
+        worked = time.process_time()
         ask.write(json.dumps(bodies) + "\n")
         ask.flush()
         told = json.loads(answer.readline())
-        return Outcome(told["tokens"] / told["seconds"], {"tokens": told["tokens"]})
+        said, work = told["tokens"], time.process_time() - worked + told["cpu_seconds"]
+        facts = {"tokens": said, "cpu_ms_per_token": 1000 * work / said}
+        return Outcome(said / told["seconds"], facts)
 
     return play
 
@@ -134,8 +142,10 @@ def compare(job: Job, rounds: int) -> dict[str, Any]:
     assert alone.facts["tokens"] == http.facts["tokens"], "the sides did not say the same"
     print(f"engine alone {median(alone.rates):.1f} tokens/s, over HTTP {median(http.rates):.1f}")
     print(f"ratio {ratio:.3f}, wanted {WANTED}")
+    costs = {side.name: side.facts["cpu_ms_per_token"] for side in (alone, http)}
+    print(", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()), "CPU ms a token")
     rates = {"engine alone": alone.rates, "over HTTP": http.rates}
-    return {"job": job._asdict(), "rates": rates, "ratio": ratio}
+    return {"job": job._asdict(), "rates": rates, "ratio": ratio, "cpu_ms_per_token": costs}
 
 
 # --- a client that costs little ------------------------------------------------------------------
@@ -172,11 +182,12 @@ def be_client(port: int) -> None:
         return await asyncio.gather(*(stream(port, request) for request in requests))
 
     for line in sys.stdin:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         answers = asyncio.run(ask(json.loads(line)))
-        seconds = time.perf_counter() - started
+        seconds, work = time.perf_counter() - started, time.process_time() - worked
         tokens = sum(read(answer)[1] for answer in answers)
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+        told = {"seconds": seconds, "tokens": tokens, "cpu_seconds": work}
+        print(json.dumps(told), flush=True)
 
 
 # --- the long run --------------------------------------------------------------------------------
@@ -190,7 +201,7 @@ def soak(job: Job, seconds: float) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         server = subprocess.Popen(
-            [*command, "--dtype", job.dtype],
+            [*command, "--dtype", job.dtype, "--cache-gib", CACHE_GIB],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -226,6 +237,8 @@ async def run_streams(
     pid: int, port: int, job: Job, expected: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     """Keep the streams busy; count replies, errors and bytes."""
+    await fill_cache(port, job)
+    full = resident_mib(pid)
     texts, deadline = list(expected), time.monotonic() + seconds
     counts = {"replies": 0, "tokens": 0, "broken": 0, "different": 0}
     memory: list[float] = []
@@ -252,9 +265,30 @@ async def run_streams(
         "seconds": seconds,
         "streams": job.streams,
         **counts,
+        "resident MiB, the cache full": round(full),
         "resident MiB, by tenths": [round(x) for x in memory[:: max(1, len(memory) // 10)]],
         "growth in the second half, MiB": round(memory[-1] - memory[len(memory) // 2], 1),
     }
+
+
+async def fill_cache(port: int, job: Job) -> None:
+    """Have every block of the cache written, by prompts that have no beginning in common."""
+    from phikit.generate.blocks import BLOCK_TOKENS
+
+    async def read_prompts(numbers: range) -> None:
+        texts = (f"{number} " + "word " * FILLING_WORDS for number in numbers)
+        asked = [stream(port, body(text, 1)) for text in texts]
+        assert all("[DONE]" in answer for answer in await asyncio.gather(*asked))
+
+    await read_prompts(range(1))  # the model is loaded when it is first asked
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    metrics = (await reader.read()).decode()
+    writer.close()
+    [blocks] = re.findall(r"^phikit_engine_blocks\{.*\} (\S+)", metrics, re.MULTILINE)
+    prompts = int(float(blocks)) * BLOCK_TOKENS // FILLING_WORDS + 1
+    for first in range(1, prompts + 1, job.streams):
+        await read_prompts(range(first, min(prompts + 1, first + job.streams)))
 
 
 def resident_mib(pid: int) -> float:

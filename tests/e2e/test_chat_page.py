@@ -7,17 +7,20 @@ The models are small and random; the engine is made to say what each test wants.
 import json
 import re
 import shutil
+import signal
 import threading
 import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 from tests.scripted import scripted, shelf_of, sizes
 
+from phikit.base.servers import running
 from phikit.chat.history import History
 from phikit.chat.message import Message
 from phikit.models.dense import DenseModel
@@ -47,6 +50,7 @@ ATTACK = """Look:
 $$\\href{javascript:window.hacked=8}{x}$$
 That was nearly all.
 <math><mtext><table><mglyph><style><img src=x onerror="window.hacked = 7">"""
+STORED = "phikit-settings"
 REPLIES = {
     "add": Message(
         "assistant",
@@ -216,6 +220,41 @@ def test_a_reload_finds_the_conversation_even_in_mid_reply(tab, served):
     tab.wait_for_url(re.compile(r"\?c=\w+"))
 
 
+def test_a_reload_finds_the_settings(tab):
+    from playwright.sync_api import expect  # pyright: ignore[reportMissingImports]
+
+    choose(tab, "senses")
+    choose(tab, "vision", "#adapter")
+    tab.locator("#controls .toggle-button").click()
+    tab.get_by_label("Seed").fill("17")
+    tab.get_by_label("Send earlier turns").uncheck()
+    tab.get_by_label("System prompt").fill("Be brief.")
+    tab.keyboard.press("Tab")
+    kept_when_quiet(tab)
+    tab.reload()
+    expect(tab.locator("#model input")).to_have_value("senses", timeout=60_000)
+    assert tab.locator("#adapter input").input_value() == "Adapter: vision"
+    tab.locator("#controls .toggle-button").click()
+    assert tab.get_by_label("Seed").input_value() == "17"
+    assert not tab.get_by_label("Send earlier turns").is_checked()
+    assert tab.get_by_label("System prompt").input_value() == "Be brief."
+    ask(tab, "see this")
+    assert "I see noise" in bot(tab).inner_text()
+
+
+def test_the_command_tells_ps_of_itself(start, random_model):
+    process = start("chat", random_model(160), "--web", "--port", 0, "--no-history")
+    found = (re.search(r"open (\S+)/ in a browser", line) for line in process.stdout)
+    url = next(match[1] for match in found if match)
+    [server] = [server for server in running() if server.pid == process.pid]
+    assert server.url == url and server.models
+    assert httpx2.get(f"{url}/api/ps", timeout=60).json()["models"] is not None
+    assert httpx2.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert process.pid not in [server.pid for server in running()]
+
+
 def test_two_tabs_share_one_engine_and_the_conversations(tab, served):
     other = tab.context.new_page()
     other.goto(served.url)
@@ -331,6 +370,16 @@ def test_light_dark_and_phone(tab, served):
     assert box["y"] + box["height"] <= 780
 
 
-def choose(tab: Any, model: str) -> None:
-    tab.click("#model input")
-    tab.locator("[role=option]", has_text=model).click()
+def kept_when_quiet(tab: Any) -> str:
+    """What the browser keeps of the settings, once it has been the same for two seconds."""
+    kept, now = None, ""
+    while kept is None or kept != now:
+        kept = now
+        tab.wait_for_timeout(2000)
+        now = tab.evaluate("key => localStorage.getItem(key)", STORED)
+    return now
+
+
+def choose(tab: Any, name: str, dropdown: str = "#model") -> None:
+    tab.click(f"{dropdown} input")
+    tab.locator("[role=option]", has_text=name).click()

@@ -3,18 +3,27 @@
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tests.unit.chat.vocabularies import small
+from tests.unit.serve.house import at_hand, running
 from tests.unit.weights.test_gguf_out import SIZE, with_split
 
+from phikit.base.in_use import in_use
 from phikit.base.servers import announced
 from phikit.chat.render import renderer_for
+from phikit.cli.locate import complete_model, complete_served
+from phikit.generate.language_model import LanguageModel
 from phikit.models.dense import DenseModel
 from phikit.nn.quantised import QuantConfig
+from phikit.serve.guard import Policy
+from phikit.serve.keys import Keys
+from phikit.serve.models import ModelShelf
+from phikit.weights.inventory import pulled_names
 from phikit.weights.load import Loaded, load
 from phikit.weights.quantise import quantise
 from phikit.weights.save import save
@@ -99,12 +108,73 @@ def test_ls_lists_what_is_not_whole(phikit: Phikit, pulled: str, home: Path):
     assert refused.returncode == 1 and "is a link" in refused.stderr and outside.exists()
 
 
-def test_ps_tells_who_serves_what(phikit: Phikit):
+def test_a_repository_of_gguf_files(phikit: Phikit, model: Path, home: Path):
+    """One file goes by the repository's id, each of several by its own name."""
+    folder = home / "hub" / "models--someone--packed" / "snapshots" / "c0ffee"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("c0ffee")
+
+    def names() -> list[str]:
+        rows = json.loads(phikit("ls", "--json").stdout)
+        return [row["name"] for row in rows if row["origin"] == "hub" and row["note"] is None]
+
+    to = ("--to", "gguf", "--no-modelfile", "--quant")
+    assert phikit("export", model, folder / "tiny-Q8_0.gguf", *to, "q8_0").returncode == 0
+    assert names() == pulled_names() == complete_model("some") == ["someone/packed"]
+    asked = ("Hello", "--max-new-tokens", 2, "--no-history")
+    assert phikit("generate", "someone/packed", *asked).returncode == 0
+    assert phikit("export", model, folder / "tiny-F16.gguf", *to, "f16").returncode == 0
+    both = ["someone/packed/tiny-F16.gguf", "someone/packed/tiny-Q8_0.gguf"]
+    assert names() == pulled_names() == both
+    refused = phikit("generate", "someone/packed", *asked)
+    assert refused.returncode == 1 and both[0] in refused.stderr
+    assert phikit("generate", both[1], *asked).returncode == 0
+    absent = phikit("generate", "someone/packed/other.gguf", *asked)
+    assert "phikit pull someone/packed --file other.gguf" in absent.stderr
+    assert phikit("rm", both[0], "--yes").returncode == 0
+    assert names() == ["someone/packed"]
+    assert phikit("rm", "someone/packed", "--yes").returncode == 0
+    assert not folder.exists()
+
+
+def test_a_run_in_progress_stays(phikit: Phikit, model: Path):
+    # Of another process, so far as the lock can tell: it belongs to the open folder.
+    with in_use(model):
+        refused = phikit("rm", model, "--yes")
+        assert refused.returncode == 1 and "another process works in runs/tiny" in refused.stderr
+        assert "stop it first" in refused.stderr
+    assert (model / "config.json").exists()
+    assert phikit("rm", model, "--yes").returncode == 0
+
+
+def test_ps_tells_who_serves_what(phikit: Phikit, loaded: Loaded, monkeypatch: pytest.MonkeyPatch):
     assert "No server runs here" in phikit("ps").stdout
     with announced("http://127.0.0.1:9", ["tiny"]):
         [row] = json.loads(phikit("ps", "--json").stdout)
-        assert row["state"] == "silent" and row["models"] == ["tiny"]
+        assert row["state"] == "silent" and row["models"] == ["tiny"] and row["loaded"] is None
         assert "http://127.0.0.1:9" in phikit("ps").stdout
+    speaker = LanguageModel(loaded.model, loaded.tokenizer, loaded.renderer)
+    shelf = ModelShelf({"tiny": at_hand(speaker), "other": at_hand(speaker)})
+    key = "k" * 20
+    with running(shelf, policy=Policy(Keys([key]))) as url, announced(url, shelf.names):
+        [row] = json.loads(phikit("ps", "--json").stdout)
+        assert row["state"] == "wants a key" and row["loaded"] is None
+        monkeypatch.setenv("PHIKIT_API_KEYS", key)
+        assert json.loads(phikit("ps", "--json").stdout)[0]["loaded"] == []
+        with shelf.acquire("tiny") as served:
+            request = speaker.request("Hello", max_new_tokens=20)
+            held = threading.Event()
+            busy = served.worker.call(held.wait)
+            with served.worker.submit(request):
+                [row] = json.loads(phikit("ps", "--json").stdout)
+                held.set()
+            busy.result()
+        [model] = row["loaded"]
+        assert row["state"] == "ok" and model["name"] == "tiny" and model["waiting"] == 1
+        assert model["size"] == served.size > 0
+        shown = phikit("ps").stdout
+        assert "not loaded" in shown and "0 running" in shown and "other" in shown
 
 
 def test_doctor_says_what_to_do(phikit: Phikit, model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -212,4 +282,7 @@ def test_a_shell_completes_verbs_and_models(
         return shell(**words, **cache, _PHIKIT_COMPLETE="complete_bash").stdout.split()
 
     assert "generate" in completed("phikit gen")
-    assert completed("phikit show so") == [pulled]
+    for verb in ("show", "bench", "quantize", "serve", "eval", "export"):
+        assert completed(f"phikit {verb} so") == [pulled], verb
+    assert completed("phikit report ru") == ["runs/tiny"]
+    assert complete_served("mine=so") == [f"mine={pulled}"]

@@ -1,4 +1,4 @@
-"""What a user does with a model that is there: show, generate, convert, merge."""
+"""What a user does with a model that is there: show, generate, export, merge."""
 
 import json
 import subprocess
@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from tests.unit.serve.house import make_tool_tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import phikit as library
+from phikit.chat.phi import AUDIO_TOKEN, IMAGE_TOKEN
 from phikit.chat.render import renderer_for
 from phikit.chat.tokenizer import Tokenizer
 from phikit.cli.conversation import disarmed
 from phikit.models.dense import DenseModel
+from phikit.models.multimodal import MultimodalModel
 from phikit.nn.lora import attach_lora, merge_lora
 from phikit.weights.adapter import load_adapter, save_adapter
 from phikit.weights.load import Loaded, load
@@ -117,19 +120,36 @@ def gpt2_model(tiny_model: Callable[..., DenseModel], tmp_path: Path) -> Path:
     return tmp_path / "gpt2"
 
 
-def test_convert_to_gguf_and_back(phikit: Phikit, gpt2_model: Path, tmp_path: Path):
+def test_export_to_gguf_and_back(phikit: Phikit, gpt2_model: Path, tmp_path: Path):
     model = gpt2_model
     file, folder = tmp_path / "model.gguf", tmp_path / "back"
-    done = phikit("convert", model, file, "--to", "gguf", "--quant", "BF16")
+    done = phikit("export", model, file, "--to", "gguf", "--quant", "BF16", "--no-modelfile")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(file)
-    done = phikit("convert", file, folder, "--to", "hf", "--dtype", "bfloat16")
+    done = phikit("export", file, folder, "--to", "hf", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     a, b = load(model, dtype=torch.bfloat16), load(folder)
     for (name, x), y in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
         assert torch.equal(x, y), name
     assert a.tokenizer.encode("12 apples") == b.tokenizer.encode("12 apples")
     assert "BF16" in phikit("show", file).stdout
+
+
+def test_export_of_adapters(
+    phikit: Phikit, tiny_multimodal: Callable[..., MultimodalModel], tmp_path: Path
+):
+    """Each adapter inside of a model, as a folder that PEFT reads."""
+    tokenizer = make_tool_tokenizer()
+    special = tokenizer.special
+    marks = {"image_token": special(IMAGE_TOKEN), "audio_token": special(AUDIO_TOKEN)}
+    network = tiny_multimodal(**marks)
+    save(tmp_path / "omni", Loaded(network, tokenizer, renderer_for(tokenizer, "phi4-mini")))
+    done = phikit("export", tmp_path / "omni", tmp_path / "adapters", "--to", "peft")
+    assert done.returncode == 0, done.stderr
+    folders = sorted(folder.name for folder in (tmp_path / "adapters").iterdir())
+    assert folders == ["speech", "vision"]
+    shown = phikit("show", tmp_path / "adapters" / "vision").stdout
+    assert "rank" in shown and "4, alpha 8" in shown
 
 
 def test_merge_adds_in_float32(phikit: Phikit, model: Path, adapter: Path, tmp_path: Path):
@@ -144,7 +164,7 @@ def test_merge_adds_in_float32(phikit: Phikit, model: Path, adapter: Path, tmp_p
 def test_merge_rounds_once(phikit: Phikit, model: Path, adapter: Path, tmp_path: Path):
     """A bfloat16 base with a float32 adapter: the nearest bfloat16 numbers to the exact sum."""
     half = tmp_path / "half"
-    assert phikit("convert", model, half, "--to", "hf", "--dtype", "bfloat16").returncode == 0
+    assert phikit("export", model, half, "--to", "hf", "--dtype", "bfloat16").returncode == 0
     done = phikit("merge", half, adapter, tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     exact = load(half, dtype=torch.float32).model
@@ -162,7 +182,7 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("verb", ["pull", "show", "convert", "merge", "generate"])
+@pytest.mark.parametrize("verb", ["pull", "show", "export", "merge", "generate"])
 def test_help_teaches_with_an_example(phikit: Phikit, verb: str):
     shown = phikit(verb, "--help")
     assert shown.returncode == 0
@@ -173,7 +193,7 @@ def test_nothing_is_overwritten(phikit: Phikit, model: Path, adapter: Path, tmp_
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("1")
-    for line in (("convert", model, out, "--to", "hf"), ("merge", model, adapter, out)):
+    for line in (("export", model, out, "--to", "hf"), ("merge", model, adapter, out)):
         assert f"{out} is there already" in complaint(phikit(*line))
     assert [path.name for path in out.iterdir()] == ["precious"]
 
@@ -183,13 +203,13 @@ def test_mistakes_end_with_the_next_step(
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
-    said = complaint(phikit("convert", model, out, "--to", "peft"))
+    said = complaint(phikit("export", model, out, "--to", "peft"))
     assert "carries no adapters" in said
-    assert "--quant" in complaint(phikit("convert", model, out, "--to", "hf", "--quant", "Q8_0"))
+    assert "--quant" in complaint(phikit("export", model, out, "--to", "hf", "--quant", "Q8_0"))
     assert "--dtype" in complaint(
-        phikit("convert", model, out, "--to", "gguf", "--dtype", "float16")
+        phikit("export", model, out, "--to", "gguf", "--dtype", "float16")
     )
-    assert "int3" in complaint(phikit("convert", model, out, "--to", "hf", "--dtype", "int3"))
+    assert "int3" in complaint(phikit("export", model, out, "--to", "hf", "--dtype", "int3"))
     assert "adapter_config.json" in complaint(phikit("merge", model, model, out))
     assert not out.exists()
     assert "add --chat" in complaint(phikit("generate", model, "a", "--system", "b"))

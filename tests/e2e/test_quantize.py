@@ -77,7 +77,7 @@ def test_what_is_there_is_not_overwritten(phikit: Command, original: Path, tmp_p
     assert failed.returncode == 1 and "is there already" in failed.stderr
     again = phikit("quantize", tmp_path / "out", tmp_path / "twice")
     assert again.returncode == 1 and "quantised to 4 bits" in again.stderr
-    hf = phikit("convert", tmp_path / "out", tmp_path / "hf", "--to", "hf")
+    hf = phikit("export", tmp_path / "out", tmp_path / "hf", "--to", "hf")
     assert hf.returncode == 1 and "for transformers" in hf.stderr
 
 

@@ -16,7 +16,6 @@ import phikit
 from phikit.base.errors import Interrupted, PhikitError
 from phikit.cli.bench import bench
 from phikit.cli.chat import chat
-from phikit.cli.convert import convert, merge
 from phikit.cli.doctor import doctor
 from phikit.cli.evaluate import evaluate
 from phikit.cli.export import export
@@ -24,6 +23,7 @@ from phikit.cli.generate import generate
 from phikit.cli.history import history
 from phikit.cli.look import diff, recipes, report
 from phikit.cli.manage import ls, ps, rm
+from phikit.cli.merge import merge
 from phikit.cli.pull import pull
 from phikit.cli.quantize import quantize
 from phikit.cli.run import run, train
@@ -55,7 +55,6 @@ VERBS = {
     "doctor": Verb(doctor, "phikit doctor smollm2"),
     "history": Verb(history, "phikit history --search fractions"),
     "show": Verb(show, "phikit show microsoft/Phi-4-mini-instruct"),
-    "convert": Verb(convert, "phikit convert smollm2 smollm2.gguf --to gguf --quant q8_0"),
     "export": Verb(export, "phikit export smollm2 smollm2.gguf --to gguf --quant q8_0"),
     "quantize": Verb(quantize, "phikit quantize smollm2 smollm2-int4 --method gptq --report"),
     "merge": Verb(merge, "phikit merge microsoft/Phi-4-mini-instruct my-adapter merged"),
@@ -67,7 +66,7 @@ VERBS = {
 
 app = typer.Typer(
     name="phikit",
-    help="Run, convert and train Phi-class small language models, judge them, and talk to them.",
+    help="Run, export and train Phi-class small language models, judge them, and talk to them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.base.errors import ConfigError, PhikitError
+from phikit.base.servers import announced
 from phikit.cli.locate import locate
 from phikit.cli.manage import entries
 
@@ -105,16 +106,16 @@ def _serve(
         make_engine=lambda loaded: Engine(loaded.model, max_rows=MAX_ROWS, cache_bytes=CACHE_BYTES),
     )
     listener = server.listen("127.0.0.1", port)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     def ready() -> None:
-        typer.echo(f"{run}: open {url} in a browser; Ctrl-C ends")
+        typer.echo(f"{run}: open {url}/ in a browser; Ctrl-C ends")
         threading.Thread(target=_load, args=(shelf, run), daemon=True).start()
 
     with _folders(keeps=keeps) as (history, media):
         talks = Talks(shelf, choices, history=history, media=media)
         app = page_app(talks, model=run, settings=Settings(**drawing))
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), announced(url, shelf.names):
             server.serve(app, Limits(shutdown_s=1), listener, ready=ready)
         shelf.close()
 

@@ -9,7 +9,7 @@ import typer
 
 from phikit.base.errors import ConfigError, DataError, MissingExtraError
 from phikit.cli.evaluate_router import evaluate_router
-from phikit.cli.locate import RUN_HELP, Place, locate
+from phikit.cli.locate import RUN_HELP, Place, complete_model, locate
 from phikit.cli.stop import stoppable
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ RouterFile = Annotated[
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_model)
+    ],
     data: Data = None,
     task: TaskName = None,
     samples: Samples = 1,

@@ -30,8 +30,20 @@ def complete_model(typed: str) -> list[str]:
     """What a shell offers for a model: runs, pulled models and "smollm2"; paths it knows itself."""
     from phikit.weights.inventory import SMOLLM2, pulled_names
 
-    runs = [str(file.parent) for file in Path().glob("runs/*/config.json")]
-    return [name for name in (*runs, *pulled_names(), SMOLLM2) if name.startswith(typed)]
+    named = [name for name in (*pulled_names(), SMOLLM2) if name.startswith(typed)]
+    return [*complete_run(typed), *named]
+
+
+def complete_run(typed: str) -> list[str]:
+    """What a shell offers for a run: those in the usual folder."""
+    runs = sorted(str(file.parent) for file in Path().glob("runs/*/config.json"))
+    return [name for name in runs if name.startswith(typed)]
+
+
+def complete_served(typed: str) -> list[str]:
+    """The same for NAME=MODEL, where the name is what the user likes."""
+    name, is_named, model = typed.rpartition("=")
+    return [f"{name}{is_named}{found}" for found in complete_model(model)]
 
 
 def locate(run: str) -> Place:
@@ -121,15 +133,32 @@ def _elsewhere(name: str) -> Place:
 
     if name == SMOLLM2:
         return Place(name)
-    if not hub.is_id(name):
+    repo_id, file = hub.split_file(name)
+    if not hub.is_id(repo_id):
         raise _not_a_run(Path(name), "it does not exist")
     try:
-        return Place(hub.fetch(name, offline=True))
+        place = hub.fetch(repo_id, file=file, offline=True)
     except WeightsError as error:
+        option = "" if file is None else f" --file {file}"
         raise WeightsError(
             f"there is no folder {name}, and no model of this id has been pulled",
-            fix=f"check the path, or fetch the model with: phikit pull {name}",
+            fix=f"check the path, or fetch the model with: phikit pull {repo_id}{option}",
         ) from error
+    return Place(place if file is not None else _only_gguf(place, repo_id) or place)
+
+
+def _only_gguf(folder: Path, repo_id: str) -> Path | None:
+    """The `.gguf` file of a repository that holds nothing else; None for one with a config.
+
+    Raises WeightsError if there are several.
+    """
+    files = [] if (folder / "config.json").is_file() else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise WeightsError(
+            f"{repo_id} holds several models: {names}", fix=f"name one: {repo_id}/{files[0].name}"
+        )
+    return files[0] if files else None
 
 
 def stage_name(folder: Path) -> str:

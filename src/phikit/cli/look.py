@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.base.errors import RunError
-from phikit.cli.locate import finished_stages, locate_pipeline, stage_name
+from phikit.cli.locate import complete_run, finished_stages, locate_pipeline, stage_name
 from phikit.cli.settings import leaves
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ RUN_FOLDER = "A run folder that `phikit run` wrote."
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_FOLDER)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help=RUN_FOLDER, autocompletion=complete_run)
+    ],
 ) -> None:
     """Write report.html anew from what the folder holds, and print the table of stages."""
     from phikit.cli.screen import screen
@@ -32,8 +34,8 @@ def report(
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help=RUN_FOLDER)],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=RUN_FOLDER, autocompletion=complete_run)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.", autocompletion=complete_run)],
 ) -> None:
     """Compare two runs: their settings, and the accuracy of stages on the same problems."""
     from rich.table import Table

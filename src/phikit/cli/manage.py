@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,27 +51,37 @@ def rm(
 ) -> None:
     """Remove pulled models or runs from the disk; asks first.
 
-    Removes only what `phikit ls` lists, and nothing outside of the hub's cache and of FOLDER.
+    Removes only what `phikit ls` lists, and nothing outside of the hub's cache and of FOLDER. A run
+    that is being trained stays.
     """
+    from phikit.base.in_use import in_use
     from phikit.cli.screen import in_bytes
     from phikit.weights.inventory import remove_folder, remove_pulled
 
     found = {entry.name: entry for entry in entries(runs)}
     chosen = [_chosen(found, name) for name in dict.fromkeys(names)]
-    for entry in chosen:
-        typer.echo(f"{entry.name}: {in_bytes(entry.size)}", err=True)
-    if not yes:
-        typer.confirm("remove for good?", abort=True, err=True)
-    for entry in chosen:
-        if entry.origin == "hub":
-            remove_pulled(entry.name)
-        else:
-            remove_folder(Path(entry.name), inside=runs)
-        typer.echo(f"removed {entry.name}")
+    with ExitStack() as held:
+        for entry in chosen:
+            typer.echo(f"{entry.name}: {in_bytes(entry.size)}", err=True)
+            if entry.origin == "folder":
+                held.enter_context(in_use(Path(entry.name)))
+        if not yes:
+            typer.confirm("remove for good?", abort=True, err=True)
+        for entry in chosen:
+            if entry.origin == "hub":
+                remove_pulled(entry.name)
+            else:
+                remove_folder(Path(entry.name), inside=runs)
+            typer.echo(f"removed {entry.name}")
 
 
 def ps(as_json: AsJson = False) -> None:
-    """List the servers that `phikit serve` runs on this machine, and the models they offer."""
+    """List the servers on this machine and their models, in memory or not.
+
+    Servers are those of `phikit serve` and `phikit chat --web`. A model in memory is shown with
+    what it takes there, its cache included, and with the replies that are under way. A server that
+    wants a key is asked with the first one in PHIKIT_API_KEYS.
+    """
     from phikit.base.servers import running
 
     rows = [_asked(server) for server in running()]
@@ -81,16 +92,35 @@ def ps(as_json: AsJson = False) -> None:
         typer.echo("No server runs here. Start one: phikit serve MODEL")
         return
     from rich.table import Table
+    from rich.text import Text
 
     from phikit.cli.screen import screen
 
-    heads = ("process", "address", "up for", "state", "models")
+    heads = ("process", "address", "up for", "state", "model", "memory", "requests")
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        models = ", ".join(row["models"]) or "none"
-        up_for = _ago(row["started"])
-        table.add_row(str(row["pid"]), row["url"], up_for, row["state"], models)
+        lines = _model_lines(row) or [("none", "", "")]
+        server = (str(row["pid"]), row["url"], _ago(row["started"]), row["state"])
+        for number, line in enumerate(lines):
+            table.add_row(*map(Text, (*(server if number == 0 else [""] * 4), *line)))
     screen().print(table)
+
+
+def _model_lines(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, memory and requests of the models: those in memory first, the others in one line."""
+    from phikit.cli.screen import in_bytes
+
+    loaded = row["loaded"]
+    if loaded is None:
+        return [(", ".join(row["models"]), "?", "?")]
+    lines = []
+    for model in loaded:
+        requests = f"{model['running']} running"
+        requests += f", {model['waiting']} waiting" if model["waiting"] else ""
+        lines.append((model["name"], in_bytes(model["size"]), requests))
+    names = {model["name"] for model in loaded}
+    others = [name for name in row["models"] if name not in names]
+    return [*lines, *([(", ".join(others), "not loaded", "")] if others else [])]
 
 
 def entries(runs: Path) -> "list[Entry]":
@@ -135,15 +165,29 @@ def _chosen(found: "dict[str, Entry]", name: str) -> "Entry":
 
 
 def _asked(server: "Server") -> dict[str, Any]:
-    """What is known of a server, and its state: "ok", "failing", or "silent" without an answer."""
+    """What is known of a server, its state, and its models in memory, None if it does not tell.
+
+    The state is "ok", "wants a key", "failing", or "silent" without an answer.
+    """
     import httpx2
 
+    from phikit.serve.keys import keys_of_environment
+
+    state, loaded = "silent", None
+    keys = keys_of_environment()
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        with httpx2.Client(timeout=PATIENCE_S, trust_env=False) as client:
-            state = "ok" if client.get(f"{server.url}/health").is_success else "failing"
+        with httpx2.Client(timeout=PATIENCE_S, trust_env=False, headers=headers) as client:
+            answer = client.get(f"{server.url}/api/ps")
+        state = {200: "ok", 401: "wants a key"}.get(answer.status_code, "failing")
+        if answer.is_success:
+            fields = ("name", "size", "running", "waiting")
+            loaded = [{f: model[f] for f in fields} for model in answer.json()["models"]]
     except httpx2.HTTPError:
-        state = "silent"
-    return {**server._asdict(), "state": state}
+        pass
+    except (ValueError, KeyError, TypeError):
+        state = "failing"
+    return {**server._asdict(), "state": state, "loaded": loaded}
 
 
 def _show(found: "list[Entry]") -> None:

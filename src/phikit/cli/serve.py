@@ -10,7 +10,7 @@ import typer
 from phikit.base.errors import ConfigError
 from phikit.base.servers import announced
 from phikit.cli.generate import Dtype
-from phikit.cli.locate import RUN_HELP, locate
+from phikit.cli.locate import RUN_HELP, complete_served, locate
 
 if TYPE_CHECKING:
     from phikit.serve.guard import Policy
@@ -26,6 +26,7 @@ Models = Annotated[
         metavar="MODEL...",
         help=f"{RUN_HELP} NAME=MODEL serves it by another name. Each is loaded when first "
         "asked for.",
+        autocompletion=complete_served,
     ),
 ]
 Host = Annotated[

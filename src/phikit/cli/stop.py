@@ -2,7 +2,9 @@
 
 import shlex
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +24,28 @@ def command(arguments: Sequence[str]) -> str:
 
 @contextmanager
 def stoppable(*, kept: str) -> Iterator[None]:
-    """Raise Interrupted on Ctrl-C, with what is kept and the command that goes on from there."""
+    """Raise Interrupted on Ctrl-C, with what is kept and the command that goes on from there.
+
+    SIGTERM, which schedulers send, counts as Ctrl-C: nothing is left half written.
+    """
     go_on = f"go on with the same command: {command(sys.argv[1:])}"
     try:
-        yield
+        with _terminable():
+            yield
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {kept}", fix=go_on) from None
     except Interrupted as stop:
         raise Interrupted(stop.what, fix=go_on) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does at that moment; training, for one, ends its step first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

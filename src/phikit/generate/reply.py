@@ -123,11 +123,11 @@ class ReplyReader:
         return text != ""
 
     def _show(self, content: str, thinking: str) -> Piece:
-        piece = Piece(
-            _beyond(self._shown.content, content), _beyond(self._shown.thinking, thinking)
-        )
+        shown = self._shown
+        piece = Piece(_beyond(shown.content, content), _beyond(shown.thinking, thinking))
         self._shown = Piece(
-            self._shown.content + piece.content, self._shown.thinking + piece.thinking
+            content if piece.content else shown.content,
+            thinking if piece.thinking else shown.thinking,
         )
         return piece
 

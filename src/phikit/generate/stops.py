@@ -63,13 +63,16 @@ def cut(text: str, strings: Sequence[str]) -> str:
 def certain(text: str, strings: Sequence[str]) -> str:
     """The text without an end that later text may make into one of the strings, or a character."""
     text = text.rstrip("\ufffd")
-    held = (
-        length
-        for string in strings
-        for length in range(1, len(string))
-        if text.endswith(string[:length])
-    )
-    return text[: len(text) - max(held, default=0)]
+    held = max((_begun(text, string) for string in strings), default=0)
+    return text[: len(text) - held]
+
+
+def _begun(text: str, string: str) -> int:
+    """How many characters at the end of a text are the beginning of a longer string."""
+    place = text.find(string[0], max(0, len(text) - len(string) + 1))
+    while place >= 0 and not string.startswith(text[place:]):
+        place = text.find(string[0], place + 1)
+    return 0 if place < 0 else len(text) - place
 
 
 def visible(text: str, strings: Sequence[str], *, tags: Sequence[str] = (OPENS, CLOSES)) -> str:

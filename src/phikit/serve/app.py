@@ -228,9 +228,12 @@ def _add_openai(
         """Answer a conversation; with `stream`, in server-sent events."""
         talk = await read_talk(body.messages, fetcher, service.limits)
         if routed is not None and body.model == routed.router.config.name:
-            if body.stream:
+            alone = routed.local_for(body, talk)
+            if alone is None and body.stream:
                 return _stream(openai.as_events(routed.events(body, talk)), "text/event-stream")
-            return _json(await unless_gone(request.receive, routed.whole(body, talk)))
+            if alone is None:
+                return _json(await unless_gone(request.receive, routed.whole(body, talk)))
+            body = body.model_copy(update={"model": alone})
         job = await service.start(
             _exits(request),
             body.model,

@@ -26,6 +26,7 @@ from phikit.serve.errors import (
 
 OLLAMA = "/api/"
 """Paths that Ollama's clients ask."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class Fault(NamedTuple):
@@ -111,5 +112,4 @@ def encode(value: Any) -> bytes:
 
     Raises ValueError for numbers that JSON does not have.
     """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode(errors="backslashreplace")
+    return _ENCODER.encode(value).encode(errors="backslashreplace")

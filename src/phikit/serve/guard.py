@@ -11,8 +11,8 @@ machine (DNS rebinding) and then read what a server without keys answers. Its `H
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,7 +84,7 @@ class Guard:
     ) -> None:
         started, path, body = time.monotonic(), scope["path"], bytearray()
         try:
-            async with AsyncExitStack() as exits:
+            async with AsyncExitStack() as exits, answer.patience():
                 scope[EXITS] = exits
                 try:
                     self._admit(scope)
@@ -165,18 +165,46 @@ class _Answer:
         """499, nginx's number, if the client has gone before there was an answer."""
         self.is_given_up = False
         self._has_begun = False
+        self._waits_since: float | None = None
+        """When the message began that the reader has not taken yet, on the loop's clock."""
+
+    @asynccontextmanager
+    async def patience(self) -> AsyncIterator[None]:
+        """Ends its block with TimeoutError when the reader is given up.
+
+        One timer looks now and then: one for each message would cost more than to send it.
+        """
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            nonlocal timer
+            now = loop.time()
+            since = now if self._waits_since is None else self._waits_since
+            if now >= since + self._timeout_s:
+                self.is_given_up = True
+                timeout.reschedule(now)
+            else:
+                timer = loop.call_at(since + self._timeout_s, look)
+
+        timer = loop.call_later(self._timeout_s, look)
+        try:
+            async with asyncio.timeout(None) as timeout:
+                yield
+        finally:
+            timer.cancel()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status, self._has_begun = message["status"], True
             headers = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             message = {**message, "headers": headers}
+        self._waits_since = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._send(message)
-        except (TimeoutError, OSError) as error:
+            await self._send(message)
+        except OSError as error:
             self.is_given_up = True
-            raise ClientGoneError("the reader takes nothing any more") from error
+            raise ClientGoneError("the reader has gone") from error
+        self._waits_since = None
 
     async def refuse(self, fault: Fault, path: str) -> None:
         """Answer with a fault, unless another answer has begun."""

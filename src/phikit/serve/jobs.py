@@ -222,15 +222,15 @@ async def _until_gone(receive: Receive) -> None:
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[Heard]:
     """Events of all streams, those of one that came together in one piece."""
     if len(streams) == 1:
-        async for event in streams[0]:
-            yield Heard(0, [event, *streams[0].take()])
+        async for events in streams[0].batches():
+            yield Heard(0, events)
         return
     heard: asyncio.Queue[Heard | BaseException | None] = asyncio.Queue()
 
     async def read(prompt: int, stream: Stream) -> None:
         try:
-            async for event in stream:
-                heard.put_nowait(Heard(prompt, [event, *stream.take()]))
+            async for events in stream.batches():
+                heard.put_nowait(Heard(prompt, events))
         except Exception as error:
             heard.put_nowait(error)
         heard.put_nowait(None)

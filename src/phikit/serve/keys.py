@@ -57,7 +57,7 @@ def read_keys(file: Path | None) -> Keys:
     Raises:
         ConfigError: the file cannot be read, or a key is of no use.
     """
-    keys = os.environ.get(VARIABLE, "").replace(",", " ").split()
+    keys = keys_of_environment()
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
@@ -68,3 +68,8 @@ def read_keys(file: Path | None) -> Keys:
             raise ConfigError(f"{file} holds no API key", fix="write one on a line of its own")
         keys += found
     return Keys(keys)
+
+
+def keys_of_environment() -> list[str]:
+    """Those in `PHIKIT_API_KEYS`, between commas or spaces."""
+    return os.environ.get(VARIABLE, "").replace(",", " ").split()

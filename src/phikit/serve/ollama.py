@@ -280,9 +280,9 @@ def running(shelf: ModelShelf) -> dict[str, Any]:
         tag = _tag(shelf, model.name)
         del tag["modified_at"]
         never = _instant(datetime(9999, 1, 1, tzinfo=UTC).timestamp())
-        context = model.loaded.config.max_context
+        context, stats = model.loaded.config.max_context, model.worker.stats()
         tag |= {"size": model.size, "size_vram": 0, "expires_at": never, "context_length": context}
-        made.append(tag)
+        made.append({**tag, "running": stats.running, "waiting": stats.waiting})
     return {"models": made}
 
 

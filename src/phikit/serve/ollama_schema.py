@@ -178,6 +178,10 @@ class RunningModel(BaseModel):
     details: Details
     expires_at: str
     context_length: int
+    running: int
+    """Replies under way; this and the next are not Ollama's."""
+    waiting: int
+    """Requests without a first token."""
 
 
 class Running(BaseModel):

@@ -1,7 +1,8 @@
 """A router's replies as OpenAI's clients read them; `routing` in them says how they came about.
 
 A router works in threads, since either side may keep one waiting. When a reader leaves, its work
-ends with the next piece.
+ends with the next piece. What not every endpoint can do (images, several replies, their
+log-probabilities) is not put to the router: the local model answers it alone.
 """
 
 import asyncio
@@ -34,12 +35,28 @@ class RoutedChats:
         name = self.router.config.name
         return {"id": name, "object": "model", "created": 0, "owned_by": "phikit"}
 
+    def local_for(self, body: schema.ChatRequest, talk: Talk) -> str | None:
+        """The local model's name for a request that it answers alone; None for what is routed.
+
+        Raises RefusedError if the local model is not here.
+        """
+        param = _not_routable(body, talk)
+        if param is None:
+            return None
+        what = "images and audio" if param == "messages" else param
+        if self.router.local is None:
+            raise RefusedError(
+                f"{what} can be asked of the local model alone, and it is not here",
+                param=param,
+                fix=f"serve {self.router.config.local!r} beside the router",
+            )
+        self.router.log_local(f"{what}: the local model answers alone")
+        return self.router.config.local
+
     async def whole(self, body: schema.ChatRequest, talk: Talk) -> dict[str, Any]:
         """A chat completion in one object.
 
-        Raises:
-            RefusedError: it asks for what cannot be routed.
-            PhikitError: as `Router.answer`.
+        Raises as `Router.answer`.
         """
         messages, options = _asked(body, talk)
         loop = asyncio.get_running_loop()
@@ -90,25 +107,24 @@ class RoutedChats:
             step.add_done_callback(lambda _: self._threads.submit(stream.close))
 
 
-def _asked(body: schema.ChatRequest, talk: Talk) -> tuple[list[Message], ChatOptions]:
-    """What the router is asked. Raises RefusedError for what not every endpoint can do."""
-    wanted = wanted_of(body)
-    refused = {
+def _not_routable(body: schema.ChatRequest, talk: Talk) -> str | None:
+    """The first field that asks for what not every endpoint can do."""
+    asks = {
         "n": (body.n or 1) > 1,
         "logprobs": bool(body.logprobs),
         "top_k": body.top_k is not None,
         "min_p": body.min_p is not None,
         "repetition_penalty": (body.repetition_penalty or 1.0) != 1.0,
         "adapter": body.adapter is not None,
-        "tool_choice": wanted.is_call,
+        "tool_choice": wanted_of(body).is_call,
         "messages": bool(talk.images or talk.audio),
     }
-    for param, is_there in refused.items():
-        if is_there:
-            what = "images and audio" if param == "messages" else param
-            raise RefusedError(
-                f"{what} cannot be asked of a routed model", param=param, fix="ask the local model"
-            )
+    return next((param for param, is_there in asks.items() if is_there), None)
+
+
+def _asked(body: schema.ChatRequest, talk: Talk) -> tuple[list[Message], ChatOptions]:
+    """What the router is asked."""
+    wanted = wanted_of(body)
     options = ChatOptions(
         max_new_tokens=body.max_completion_tokens or body.max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,

@@ -5,16 +5,20 @@ files. Its telemetry, version check, share links and run history are off: with n
 to talk to, the page works whole (`page_guard`).
 
 What is unusual: the page keeps nothing. Handlers put what a tab asks to `Talks`, and `_watch` shows
-a tab what is there, over and over while a reply is made.
+a tab what is there, over and over while a reply is made. Settings are kept by the browser.
 """
 
 import html
+import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from phikit.base.errors import MissingExtraError, PhikitError
+from phikit.serve.ollama import running
 from phikit.serve.page_export import to_json, to_markdown
 from phikit.serve.page_guard import PageGuard
 from phikit.serve.page_reply import Settings
@@ -42,6 +46,8 @@ LATEX = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 TITLE_CHARS = 60
+STORED = "phikit-settings"
+"""Where the browser keeps the settings."""
 MAX_UPLOAD_BYTES = 64 << 20
 
 Update = Mapping[Any, Any]
@@ -61,6 +67,8 @@ class Page:
         self._watching: dict[str, object] = {}
         with gr.Blocks(title="phikit", fill_height=True, analytics_enabled=False) as self.blocks:
             self._shown = gr.State(None)
+            # The secret is none: it keeps Gradio from making a new one at every start.
+            self._kept = gr.BrowserState({}, storage_key=STORED, secret=STORED)
             self._build_talks()
             self._build_chat()
             self._build_controls()
@@ -154,6 +162,8 @@ class Page:
             "remembers": self._remembers,
             "adapter": self._adapter,
         }
+        began = json.dumps([self._model, asdict(own), sorted(self._controls)])
+        self._began = sha256(began.encode()).hexdigest()
 
     # --- What it does -----------------------------------------------------------------------
 
@@ -190,10 +200,42 @@ class Page:
         self._delete.click(lambda: (gr.update(visible=False), gr.update(visible=True)), **confirms)
         for button in (self._no, self._yes):
             button.click(lambda: (gr.update(visible=True), gr.update(visible=False)), **confirms)
-        self._models.change(
-            self._choose, [self._models], [self._adapter, self._box, self._remembers], **quiet
-        )
+        self._wire_settings(quiet)
         self.blocks.unload(self._forget)
+
+    def _wire_settings(self, quiet: dict[str, Any]) -> None:
+        """A reload finds the settings as they were; so does another tab that is opened later."""
+        settings = [self._models, *self._controls.values()]
+        keep = {"fn": self._keep, "inputs": settings, "outputs": [self._kept], **quiet}
+        controls = self._controls.values()
+        # A field may tell of a key before its value has it; when it is left, it is sure to.
+        left = [control.blur for control in controls if isinstance(control, gr.Textbox | gr.Number)]
+        # One at a time, and of those that come meanwhile the last: none is overtaken.
+        changes: list[Any] = [*(control.input for control in controls), *left]
+        gr.on(changes, trigger_mode="always_last", **keep)
+        self._models.input(
+            self._choose, [self._models], [self._adapter, self._box, self._remembers], **quiet
+        ).then(**keep)
+        self.blocks.load(self._restore, [self._kept], [*settings, self._box], **quiet)
+
+    def _keep(self, model: str, *controls: Any) -> dict[str, Any]:
+        """What the browser is to remember."""
+        values = dict(zip(self._controls, controls, strict=True))
+        return {"began": self._began, "model": model, "values": values}
+
+    def _restore(self, kept: dict[str, Any]) -> Update:
+        """The settings as this browser had them; not those of a page begun with other ones."""
+        if kept.get("began") != self._began or kept["model"] not in self.talks.choices:
+            return {self._box: gr.skip()}
+        choice = self.talks.choices[kept["model"]]
+        updates = {self._models: kept["model"], self._box: gr.update(**_uploads(choice))}
+        for name, control in self._controls.items():
+            updates[control] = gr.update(value=kept["values"][name])
+        chosen = kept["values"]["adapter"]
+        offered = _adapter_choices(choice)
+        if chosen in choice.adapters:
+            offered["value"] = chosen
+        return {**updates, self._adapter: gr.update(**offered)}
 
     async def _watch(self, id_: str | None, request: gr.Request) -> AsyncIterator[Update]:
         """Show a conversation, and go on while a reply is made; a tab watches one at a time."""
@@ -341,6 +383,14 @@ def page_app(talks: Talks, *, model: str, settings: Settings) -> ASGIApp:
         settings: those of a new tab.
     """
     app = FastAPI(title="phikit", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/api/ps")
+    def ps() -> dict[str, Any]:
+        return running(talks.shelf)
 
     @app.get("/page.js")
     def script() -> FileResponse:

@@ -153,6 +153,11 @@ class Router:
         """
         return self._route(messages, options, lambda side, *asked: side.stream(*asked))
 
+    def log_local(self, note: str) -> None:
+        """Log a request that is not for the router to decide: the local model answers it."""
+        with self._log.request() as entry:
+            entry.route, entry.note = "local", note
+
     def _route(
         self, messages: Sequence[Message], options: ChatOptions, ask: Ask
     ) -> Iterator[Piece | RoutedReply]:

@@ -50,9 +50,9 @@ class Stats(NamedTuple):
 class Stream:
     """The events of one request in order; those of several samples interleave.
 
-    Iterate it in a thread (`for`) or in an event loop (`async for`), once. It ends after the last
-    event, or when the request is cancelled; an error of the engine is raised. Leaving it as a
-    context manager cancels what is left.
+    Iterate it once, in a thread (`for`) or in an event loop (`async for`, or `batches`). It ends
+    after the last event, or when the request is cancelled; an error of the engine is raised.
+    Leaving it as a context manager cancels what is left.
     """
 
     def __init__(self, request: Request, worker: "EngineWorker") -> None:
@@ -101,10 +101,16 @@ class Stream:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        async for events in self.batches():
+            for event in events:
+                yield event
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """The events in an event loop, those that have come by then together."""
         self._loop = asyncio.get_running_loop()
         while True:
             while self._events:
-                yield self._events.popleft()
+                yield self.take()
             if self.done and not self._events:
                 break
             self._waiter = self._loop.create_future()
@@ -335,8 +341,9 @@ class EngineWorker:
         woken, self._woken = self._woken, set()
         by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
         for stream in woken:
-            stream._notify()
-            if stream._loop is not None:
+            if stream._loop is None:
+                stream._notify()
+            else:
                 by_loop.setdefault(stream._loop, []).append(stream)
         for loop, streams in by_loop.items():
             with suppress(RuntimeError):  # the loop has been closed, and its readers with it

@@ -51,6 +51,12 @@ def is_id(name: str | Path) -> bool:
     return isinstance(name, str) and bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
+def split_file(name: str) -> tuple[str, str | None]:
+    """The id and the file in "owner/name/file.gguf"; a name without a file has None for it."""
+    repo_id, _, file = name.rpartition("/")
+    return (repo_id, file) if file.endswith(".gguf") and is_id(repo_id) else (name, None)
+
+
 def plan(repo_id: str, *, revision: str | None = None, file: str | None = None) -> Plan:
     """What `fetch` with the same arguments would take; asks the hub and fetches nothing.
 

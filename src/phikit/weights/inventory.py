@@ -4,8 +4,9 @@ Three kinds are known: what `phikit pull` put into the cache that all Hugging Fa
 folders that were written here, and the weights of an installed package.
 """
 
+import glob
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -44,8 +45,12 @@ def pulled_names() -> list[str]:
     """Names of what lies in the hub's cache; cheap, for shells that complete a word."""
     from huggingface_hub import constants
 
-    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
-    return ["/".join(folder.name.split("--")[1:]) for folder in folders]
+    names = []
+    for folder in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        name = "/".join(folder.name.split("--")[1:])
+        snapshots = sorted(folder.glob("snapshots/*"))
+        names += [f"{name}/{file}" for file in _choice(snapshots)] or [name]
+    return names
 
 
 def pulled() -> list[Entry]:
@@ -63,7 +68,14 @@ def pulled() -> list[Entry]:
             continue
         newest = max(repo.revisions, key=lambda revision: revision.last_modified, default=None)
         folder = repo.repo_path if newest is None else newest.snapshot_path
-        found.append(_entry(repo.repo_id, "hub", folder, repo.size_on_disk, repo.last_modified))
+        files = _choice([folder])
+        for name in files:
+            about = (folder / name).stat()
+            size, modified = about.st_size, about.st_mtime
+            found.append(_entry(f"{repo.repo_id}/{name}", "hub", folder / name, size, modified))
+        if not files:
+            size, modified = repo.size_on_disk, repo.last_modified
+            found.append(_entry(repo.repo_id, "hub", folder, size, modified))
     return found
 
 
@@ -88,7 +100,7 @@ def entry_of(folder: Path, *, name: str, model: Path) -> Entry:
 
 
 def remove_pulled(name: str) -> None:
-    """Remove a model from the hub's cache, all of its revisions.
+    """Remove a model from the hub's cache, all of its revisions; or one `.gguf` file of several.
 
     Raises:
         WeightsError: there is no such model.
@@ -96,10 +108,18 @@ def remove_pulled(name: str) -> None:
     """
     from huggingface_hub import constants, scan_cache_dir
 
+    from phikit.weights.hub import split_file
+
+    repo_id, file = split_file(name)
     cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    repos = [repo for repo in cached if repo.repo_type == "model" and repo.repo_id == name]
+    repos = [repo for repo in cached if repo.repo_type == "model" and repo.repo_id == repo_id]
     for repo in repos:
         with storage_errors(repo.repo_path):
+            if file is not None:
+                for link in repo.repo_path.glob(f"snapshots/*/{glob.escape(file)}"):
+                    link.resolve().unlink(missing_ok=True)
+                    link.unlink(missing_ok=True)
+                continue
             # Whole, with what an unfinished fetch left behind, which no revision lists.
             shutil.rmtree(repo.repo_path)
     if not repos:
@@ -118,6 +138,13 @@ def remove_folder(folder: Path, *, inside: Path) -> None:
         )
     with storage_errors(folder):
         shutil.rmtree(folder)
+
+
+def _choice(snapshots: Sequence[Path]) -> list[str]:
+    """The `.gguf` files of a repository that holds several models as such, and no other."""
+    files = {file.name for folder in snapshots for file in folder.glob("*.gguf")}
+    is_folder = any((folder / "config.json").is_file() for folder in snapshots)
+    return sorted(files) if len(files) > 1 and not is_folder else []
 
 
 def _entry(name: str, origin: Origin, path: Path, size: int, modified: float) -> Entry:

@@ -15,7 +15,7 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
@@ -160,11 +160,16 @@ def open_folder(folder: Path) -> SafetensorsFiles:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    on_tensor: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Write one file under another name, then rename it; `dtype` as in `dtype_in_file`.
 
-    Copies one tensor at a time, and none that is contiguous, on the CPU and of the right dtype.
+    Copies one tensor at a time, and none that is contiguous, on the CPU and of the right dtype;
+    `on_tensor` is called after each.
 
     Raises:
         StorageError: the disk is full or the folder may not be written.
@@ -186,6 +191,8 @@ def write_tensors(
         for name, tensor in ordered:
             flat = tensor.detach().to("cpu", kept[name]).reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+            if on_tensor is not None:
+                on_tensor(tensor)
 
 
 def dtype_in_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

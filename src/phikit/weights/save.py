@@ -7,7 +7,7 @@ written tensor by tensor from where they lie, so saving needs no second copy of 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write config, weights, tokenizer and chat template; Phi-4-multimodal's adapters beside them.
 
@@ -47,6 +48,7 @@ def save(
         loaded: the model and what it is talked to through.
         dtype: of the weights in the files, packed ones apart; None keeps the one they have.
         max_shard_bytes: the tensors of one file; a single tensor may exceed it.
+        on_progress: called with the numbers written so far, and all of them.
 
     Raises:
         WeightsError: adapters are attached to the model, other than the two that it is read with.
@@ -86,7 +88,15 @@ def save(
         write_atomic(folder / "chat_template.jinja", renderer.template)
     loaded.tokenizer.save(folder)
     tensors = {n: t for n, t in checkpoint_tensors(model).items() if not is_beside(n)}
-    _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes)
+    done, total = 0, sum(tensor.numel() for tensor in tensors.values())
+
+    def count(tensor: Tensor) -> None:
+        nonlocal done
+        done += tensor.numel()
+        if on_progress is not None:
+            on_progress(done, total)
+
+    _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes, on_tensor=count)
     for name in adapters:
         save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
 
@@ -120,7 +130,12 @@ def checkpoint_tensors(model: Decoder, *, dtype: torch.dtype | None = None) -> d
 
 
 def _write_shards(
-    folder: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, max_bytes: float
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    max_bytes: float,
+    on_tensor: Callable[[Tensor], None],
 ) -> None:
     """Write one file, or several with an index; then remove those of an older save."""
     shards: list[dict[str, Tensor]] = [{}]
@@ -138,7 +153,7 @@ def _write_shards(
     if count == 1:
         names = [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard, dtype=dtype)
+        write_tensors(folder / name, shard, dtype=dtype, on_tensor=on_tensor)
     if count > 1:
         files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})

@@ -1,8 +1,11 @@
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from phikit.base.errors import Interrupted
+from phikit.cli.output import fresh
 from phikit.cli.scores import scores, show_scores
 from phikit.cli.stop import command, stoppable
 from phikit.evals.task import EvalResult, ProblemRecord, ReplyRecord
@@ -20,6 +23,22 @@ def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch: pytest.Monk
 def test_a_module_is_named_as_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["/site/phikit/cli/__main__.py", "recipes"])
     assert command(["chat", "x"]) == f"{sys.executable} -m phikit.cli chat x"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_command_that_is_stopped_leaves_nothing_half_written(name: str, tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def write() -> None:
+        with stoppable(kept="nothing is written"), fresh(tmp_path / "out") as place:
+            place.write_text("half")
+            signal.raise_signal(getattr(signal, name))
+            pytest.fail("must have ended")
+
+    with pytest.raises(Interrupted, match="stopped; nothing is written"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def record(number: int, *statuses: str, steps: int | None = None) -> ProblemRecord:

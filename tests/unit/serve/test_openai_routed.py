@@ -1,5 +1,6 @@
 """A router behind the server, and the server in the role of another's cloud."""
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,12 @@ def stub() -> Iterator[StubServer]:
 
 
 @pytest.fixture(scope="module")
-def routed(tiny: LanguageModel, stub: StubServer) -> Iterator[House]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("routed") / "router.jsonl"
+
+
+@pytest.fixture(scope="module")
+def routed(tiny: LanguageModel, stub: StubServer, log: Path) -> Iterator[House]:
     """A server whose model "hybrid" goes to the stub if "tiny" is less sure than it ever is."""
     shelf = ModelShelf({"tiny": at_hand(tiny)}, make_engine=small_engine)
     cloud = {"base_url": stub.url, "model": "big", "retries": 0, "timeout_s": 0.5}
@@ -39,6 +45,7 @@ def routed(tiny: LanguageModel, stub: StubServer) -> Iterator[House]:
             "cloud": cloud,
             "budget": {"calls_per_run": 100},
             "confidence": {"signal": "weakest", "threshold": 0.0},
+            "log": str(log),
         }
     )
     router = open_router(config, ShelfChat(shelf, "tiny"))
@@ -95,10 +102,38 @@ def test_readers_who_leave_hold_nothing(routed: House, stub: StubServer):
     assert chat(routed).status_code == 200
 
 
-def test_what_cannot_be_routed_and_the_other_models(routed: House):
-    for field, value in {"n": 2, "logprobs": True, "top_k": 5, "adapter": "x"}.items():
-        response = chat(routed, **{field: value})
-        assert response.status_code == 400 and response.json()["error"]["param"] == field
+def test_what_cannot_be_routed_is_answered_here(
+    routed: House, stub: StubServer, png: bytes, log: Path
+):
+    asked = len(stub.requests)
+    for field, value in {"n": 2, "logprobs": True, "top_k": 5, "min_p": 0.1}.items():
+        answer = chat(routed, **{field: value}).json()
+        assert answer["model"] == "tiny" and answer["choices"], field
+        assert chat(routed, stream=True, **{field: value}).text.endswith("data: [DONE]\n\n")
+    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    # The errors are those of the local model.
+    assert "image" in chat(routed, messages=picture).json()["error"]["message"]
+    assert "adapter" in chat(routed, adapter="x").json()["error"]["message"]
+    assert len(stub.requests) == asked
+    notes = [json.loads(line)["note"] for line in log.read_text().splitlines()]
+    assert "n: the local model answers alone" in notes
+    assert routed.rests()
+
+
+def test_without_a_local_model_they_are_refused(stub: StubServer, tiny: LanguageModel):
+    shelf = ModelShelf({"other": at_hand(tiny)}, make_engine=small_engine)
+    cloud = {"base_url": stub.url, "model": "big", "retries": 0, "timeout_s": 0.5}
+    settings = {"local": "tiny", "cloud": cloud, "budget": {"calls_per_run": 100}}
+    router = open_router(RouterConfig.resolve(settings), None)
+    with running(shelf, router=router) as url:
+        house = House(url, shelf, tiny)
+        response = chat(house, n=2)
+        assert response.status_code == 400 and response.json()["error"]["param"] == "n"
+        assert "tiny" in response.json()["error"]["message"]
+
+
+def test_the_router_is_one_of_the_models(routed: House):
     assert chat(routed, model="tiny").json().get("routing") is None
     names = httpx2.get(f"{routed.url}/v1/models").json()["data"]
     assert [each["id"] for each in names] == ["tiny", "hybrid"]

@@ -1,9 +1,11 @@
 """Many clients at once, some gone, some slow: each text its own, and nothing left behind."""
 
 import asyncio
+import gc
 import json
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from phikit.serve.limits import Limits
 from phikit.serve.models import ModelShelf
 
 MANY = 64
+KILLED, AT_ONCE = 200, 50
 
 
 def body(number: int, **more: Any) -> dict[str, Any]:
@@ -51,30 +54,37 @@ def raw_request(request: dict[str, Any], path: str = "/v1/chat/completions") -> 
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def dial(house: House) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(house.url.rpartition(":")[2])), timeout=20)
+def dial(house: House, *, buffer_bytes: int | None = None) -> socket.socket:
+    """A connection; with few bytes of buffer its other side soon notices that nobody reads."""
+    wire = socket.socket()
+    wire.settimeout(20)
+    if buffer_bytes is not None:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    wire.connect(("127.0.0.1", int(house.url.rpartition(":")[2])))
+    return wire
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_leave_no_block(house: House, stream: bool):
     """Killed at once, in the middle of the reply, or after its first bytes."""
-    wires = []
-    for number in range(20):
-        wire = dial(house)
-        wire.sendall(raw_request(body(number, max_tokens=900, stream=stream, stop="never said")))
-        wires.append(wire)
-    for number, wire in enumerate(wires):
-        if stream and number % 2:
-            assert wire.recv(100)
-        if number % 3 == 0:  # a reset in place of an orderly end
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        wire.close()
-    assert house.rests()
+    for first in range(0, KILLED if stream else AT_ONCE, AT_ONCE):
+        wires = []
+        for number in range(first, first + AT_ONCE):
+            wire = dial(house)
+            asked = body(number, max_tokens=900, stream=stream, stop="never said")
+            wire.sendall(raw_request(asked))
+            wires.append(wire)
+        for number, wire in enumerate(wires):
+            if stream and number % 2:
+                assert wire.recv(100)
+            if number % 3 == 0:  # a reset in place of an orderly end
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            wire.close()
+        assert house.rests()
 
 
 def test_a_slow_reader_stalls_nobody(house: House, alone: Callable[..., str]):
-    slow = dial(house)
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow = dial(house, buffer_bytes=4096)
     slow.sendall(raw_request(body(1, n=16, max_tokens=900, stop="never said", logprobs=True)))
     started = time.monotonic()
     with httpx2.Client(base_url=house.url, timeout=30) as client:
@@ -86,10 +96,52 @@ def test_a_slow_reader_stalls_nobody(house: House, alone: Callable[..., str]):
     assert house.rests()
 
 
-def test_a_server_that_stops_lets_replies_finish_or_cuts_them(tiny):
-
+def test_a_reader_that_takes_nothing_is_given_up(tiny):
+    """While its connection stays open: what holds blocks is its reply, not its wire."""
     shelf = ModelShelf({"tiny": at_hand(tiny)}, make_engine=small_engine)
-    with running(shelf, limits=Limits(shutdown_s=1)) as url:
+    with running(shelf, limits=Limits(shutdown_s=1, write_timeout_s=0.5)) as url:
+        house = House(url, shelf, tiny)
+        idle = dial(house, buffer_bytes=4096)
+        long = {"n": 16, "max_tokens": 900, "stop": "never said"}
+        idle.sendall(raw_request(body(1, **long, logprobs=True, top_logprobs=20)))
+        assert idle.recv(100)
+        assert not house.rests(0.3)
+        assert house.rests(60)
+        [model] = shelf.loaded
+        assert model.worker.stats().sampled_tokens < 16 * 900
+        counted = httpx2.get(f"{url}/metrics").text
+        assert 'path="/v1/chat/completions",status="200"' in counted
+        idle.close()
+
+
+def test_requests_leave_no_memory_behind(house: House):
+    """After the first ones, which fill caches, a hundred more add next to nothing."""
+
+    async def ask(first: int) -> None:
+        async with httpx2.AsyncClient(base_url=house.url, timeout=60) as client:
+            for start in range(first, first + 100, 20):
+                numbers = range(start, start + 20)
+                await asyncio.gather(*(read(client, number, 6) for number in numbers))
+
+    def traced(first: int) -> int:
+        asyncio.run(ask(first))
+        assert house.rests()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        traced(1000)
+        before = traced(1100)
+        after = traced(1200)
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100 * 1024  # one kB a request; its tokens alone would be more
+
+
+def test_a_server_that_stops_lets_replies_finish_or_cuts_them(tiny):
+    shelf = ModelShelf({"tiny": at_hand(tiny)}, make_engine=small_engine)
+    with running(shelf, limits=Limits(shutdown_s=3)) as url:
         house = House(url, shelf, tiny)
         short, long = dial(house), dial(house)
         short.sendall(raw_request(body(1, max_tokens=5, stream=False)))
