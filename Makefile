@@ -32,6 +32,8 @@ bench: ## Set up, then compare with peers side by side
 	@$(PYTHON) scripts/setup_env.py dev bench
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.sampler
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.rollout
 

@@ -61,6 +61,7 @@ class Replays:
 
     def _keep(self, kind: Kind, recording: Recording) -> None:
         self._recordings[kind] = recording
-        kept = [k for k, each in self._recordings.items() if each is not None]
-        while sum(self._recordings[k].num_bytes for k in kept) > MOST_BYTES and len(kept) > 1:
-            del self._recordings[kept.pop(0)]
+        sizes = {k: each.num_bytes for k, each in self._recordings.items() if each is not None}
+        while sum(sizes.values()) > MOST_BYTES and len(sizes) > 1:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._recordings[oldest]

@@ -21,8 +21,7 @@ class Linear(nn.Linear):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by the kernel where that is the faster one."""
-    is_few = 0 < x.numel() <= kernels.LINEAR_ROWS.get(x.dtype, 0) * x.shape[-1]
-    if is_few and kernels.ready(x, weight) and x.dtype == weight.dtype:
+    if kernels.ready(x, weight) and x.dtype == weight.dtype and kernels.serves(x):
         return kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

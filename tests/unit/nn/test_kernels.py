@@ -121,6 +121,37 @@ def test_linear(rows: int, outputs: int, width: int, bias: bool, dtype: torch.dt
 
 
 @given(
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 100),
+    steps=st.integers(1, 5),
+    bias=st.booleans(),
+)
+def test_linear_by_the_matrix_unit(rows: int, outputs: int, steps: int, bias: bool):
+    if not kernels._library.has_tiles:
+        pytest.skip("needs AMX: this processor, or this library, does without")
+    width = 32 * steps
+    x = normal(rows, width, dtype=torch.bfloat16)
+    weight = normal(outputs, width, seed=1, dtype=torch.bfloat16)
+    b = normal(outputs, seed=2, dtype=torch.bfloat16) if bias else None
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "TILE_ROWS", range(1, 100))
+        found = kernels.linear(x, weight, b)
+        assert_close(found, expected)
+        for row in range(rows):
+            assert torch.equal(kernels.linear(x[row : row + 1], weight, b)[0], found[row])
+
+
+def test_the_matrix_unit_is_left_as_it_was():
+    """torch's products in bfloat16 use it too, with shapes of their own."""
+    x, weight = normal(64, 64, dtype=torch.bfloat16), normal(96, 64, seed=1, dtype=torch.bfloat16)
+    alone = F.linear(x, weight)
+    for rows in (64, 5, 33):
+        assert_close(kernels.linear(x[:rows], weight), F.linear(x[:rows].double(), weight.double()))
+        assert torch.equal(F.linear(x, weight), alone)
+
+
+@given(
     bits=st.sampled_from([4, 8]),
     group=st.sampled_from([32, 64, 96]),
     groups=st.integers(1, 3),

@@ -7,8 +7,9 @@ speed of memory. The kernels fuse the former and do the latter. They are compile
 warning says why.
 
 They record no gradients, so they run in inference mode alone: call `ready` first. Training and all
-other callers take torch's operations, whose results they do not touch. Up to `PACKED_ROWS` and
-`LINEAR_ROWS` rows, a row's result does not depend, to the last bit, on the rows beside it.
+other callers take torch's operations, whose results they do not touch. A kernel's result for one
+row does not depend, to the last bit, on the rows beside it; which kernel runs depends on how many
+there are.
 
 The environment variable PHIKIT_KERNELS chooses: "native" (the default), "portable" (no special
 instructions, for comparison) or "off".
@@ -28,7 +29,11 @@ from phikit.base.errors import ConfigError
 from phikit.nn.kernels.build import BuildError, find_library
 
 LINEAR_ROWS = {torch.float32: 16, torch.bfloat16: 8}
-"""Up to so many rows `linear` beats torch's product, measured on a Sapphire Rapids (AMX)."""
+"""Up to so many rows `linear` beats torch's product, measured on a Sapphire Rapids."""
+TILE_ROWS = range(5, 97)
+"""Rows for which the matrix unit is the fastest in bfloat16, where there is one."""
+TILE_DEPTH = 32
+"""Widths that the matrix unit takes are multiples of this."""
 PACKED_ROWS = 64
 """Up to so many rows packed weights beat unpacked ones and torch's product, measured there too."""
 PANEL = 16
@@ -50,6 +55,7 @@ _SIGNATURES = {
     "add": "cpppic",
     "gated_silu": "cppiic",
     "linear": "cppppiiic",
+    "tile_linear": "ppppiiic",
     "packed_linear": "ccpppppiiiic",
     "unpack": "ccpppiiic",
     "store": "ccppppppiiipic",
@@ -69,6 +75,7 @@ class _Library:
             function.argtypes = [_TYPES[letter] for letter in letters]
             function.restype = None
             setattr(self, name, function)
+        self.has_tiles = bool(library.phikit_tiles_ready())
 
 
 _library: Any = None
@@ -203,18 +210,31 @@ def gated_silu(gate_up: Tensor) -> Tensor:
 # --- Products -----------------------------------------------------------------------------------
 
 
+def serves(x: Tensor) -> bool:
+    """Whether `linear` beats torch's product for so many rows, for tensors that are `ready`."""
+    rows = x.numel() // x.shape[-1]
+    return 0 < rows <= LINEAR_ROWS[x.dtype] or _suits_tiles(x, rows)
+
+
+def _suits_tiles(x: Tensor, rows: int) -> bool:
+    is_wide = x.dtype == torch.bfloat16 and x.shape[-1] % TILE_DEPTH == 0
+    return is_wide and rows in TILE_ROWS and _library.has_tiles
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for few rows, [..., I] to [..., O], all in one dtype."""
     outputs, width = weight.shape
     assert x.dtype == weight.dtype and x.shape[-1] == width
     assert bias is None or bias.dtype == x.dtype
     y = x.new_empty((*x.shape[:-1], outputs))
-    x_at, weight_at, y_at = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    rows = x.numel() // width
     bias_at = None if bias is None else bias.data_ptr()
-    rows, threads = x.numel() // width, torch.get_num_threads()
-    _functions().linear(
-        _CODES[x.dtype], x_at, weight_at, bias_at, y_at, rows, width, outputs, threads
-    )
+    places = (x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
+    sizes = (rows, width, outputs, torch.get_num_threads())
+    if _suits_tiles(x, rows):
+        _functions().tile_linear(*places, *sizes)
+    else:
+        _functions().linear(_CODES[x.dtype], *places, *sizes)
     return y
 
 

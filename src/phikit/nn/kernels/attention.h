@@ -14,6 +14,7 @@
 
 constexpr int64_t CHUNK = 128;       // keys with a softmax of their own
 constexpr int64_t VALUE_KEYS = 32;   // values that stay in the nearest cache between passes
+constexpr int64_t AHEAD_KEYS = 8;    // how early a key is asked for
 constexpr int64_t HEADS = 4;         // query heads that share one pass over the keys
 constexpr int64_t PARALLEL_SCORES = 1024;
 
@@ -81,6 +82,11 @@ inline void merge(Partial into, Partial more, int64_t width) {
     into.peak() = peak;
 }
 
+// Asks for a row that will be read: rows lie too far apart for the processor to guess the next.
+template <class C> inline void fetch(const C* row, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(row + i);
+}
+
 // Up to CHUNK keys of one sequence and key head, for G query heads.
 template <class C, int G>
 void attend_heads(const float* q, const Cache<C>& cache, const int64_t* places, int64_t count,
@@ -89,6 +95,8 @@ void attend_heads(const float* q, const Cache<C>& cache, const int64_t* places, 
     float weights[G][CHUNK];
     for (int64_t n = 0; n < count; n++) {
         const C* key = cache.keys + places[n] * width;
+        fetch(cache.keys + places[std::min(n + AHEAD_KEYS, count - 1)] * width, width);
+        fetch(cache.values + places[n] * width, width);
         f32x16 sums[G] = {};
         for (int64_t i = 0; i < width; i += LANES) {
             f32x16 part = load(key + i, width - i);

@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "packed.h"
+#include "tiles.h"
 
 namespace {
 
@@ -78,6 +79,16 @@ void phikit_linear(int code, const void* x, const void* weight, const void* bias
         typedef typename decltype(type)::type T;
         linear(of<T>(x), of<T>(weight), of<T>(bias), of<T>(y), rows, width, outputs, threads);
     });
+}
+
+// Whether phikit_tile_linear works here; the first call asks the system for leave.
+int phikit_tiles_ready() { return tiles_ready(); }
+
+// In bfloat16 alone.
+void phikit_tile_linear(const void* x, const void* weight, const void* bias, void* y, int64_t rows,
+                        int64_t width, int64_t outputs, int threads) {
+    tile_linear(of<bf16>(x), of<bf16>(weight), of<bf16>(bias), of<bf16>(y), rows, width, outputs,
+                threads);
 }
 
 void phikit_packed_linear(int code, int bits, const void* x, const void* packed,
@@ -160,8 +171,9 @@ template <auto FUNCTION> void called(const int64_t* words) { call(FUNCTION, word
 // In the order of _SIGNATURES in Python.
 constexpr void (*FUNCTIONS[])(const int64_t*) = {
     called<phikit_rms_norm>, called<phikit_split_rotate>,  called<phikit_add>,
-    called<phikit_gated_silu>, called<phikit_linear>,      called<phikit_packed_linear>,
-    called<phikit_unpack>,   called<phikit_store>,         called<phikit_paged_attention>,
+    called<phikit_gated_silu>, called<phikit_linear>,      called<phikit_tile_linear>,
+    called<phikit_packed_linear>, called<phikit_unpack>, called<phikit_store>,
+    called<phikit_paged_attention>,
 };
 
 }  // namespace

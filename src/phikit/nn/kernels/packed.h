@@ -228,27 +228,6 @@ void packed_linear(const T* x, const uint8_t* packed, const bf16* scales, const 
 
 // --- Unpacking ----------------------------------------------------------------------------------
 
-#ifdef __clang__
-#define PHIKIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PHIKIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
-#endif
-
-// Transposes 16 x 16 lanes: interleaving vector i with i + 8 rotates the 8 bits of an element's
-// address (vector, lane) by one, so four rounds exchange vector and lane.
-inline void transpose(i32x16* lanes) {
-    for (int round = 0; round < 4; round++) {
-        i32x16 mixed[16];
-        for (int i = 0; i < 8; i++) {
-            i32x16 a = lanes[i], b = lanes[i + 8];
-            mixed[2 * i] = PHIKIT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            mixed[2 * i + 1] =
-                PHIKIT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        }
-        for (int i = 0; i < 16; i++) lanes[i] = mixed[i];
-    }
-}
-
 // One row's 32 columns, whose lanes are pairs, times the scale.
 inline void write_columns(float* to, i32x16 pairs, float scale) {
     typedef int16_t i16x16 __attribute__((vector_size(32)));
