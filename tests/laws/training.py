@@ -21,7 +21,10 @@ from phikit.base.types import Example
 from phikit.chat.render import NANO_SPECIALS, PhiRenderer, Renderer
 from phikit.chat.tokenizer import train_tokenizer
 from phikit.data.problem import Problem, Provenance
+from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig, DenseModel
+from phikit.models.moe import MoEConfig, MoEModel
+from phikit.nn.moe.session import RoutingConfig
 from phikit.solve.solver import Reply
 from phikit.train.dpo import DPOConfig, DPOObjective, add_reference
 from phikit.train.grpo import GRPOConfig, GRPOObjective
@@ -34,6 +37,7 @@ from phikit.train.sft import SFTConfig, SFTObjective
 Kind = Literal["lm", "sft", "dpo", "grpo"]
 KINDS: tuple[Kind, ...] = ("lm", "sft", "dpo", "grpo")
 VOCABULARY = 256 + len(NANO_SPECIALS)
+PLAIN_ROUTING = RoutingConfig()
 ROWS = 8
 """Rows, examples or pairs of one optimiser step; GRPO samples as many replies."""
 
@@ -52,6 +56,25 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> DenseMod
         init_std=0.1,
     )
     return DenseModel(config).initialise(torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tiny_moe(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> MoEModel:
+    """The same with four experts in place of the MLP, and routers that have something to draw."""
+    values = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "d_mlp": 16,
+        "num_experts": 4,
+        "router": {"kind": "sparsemixer", "jitter_eps": 0.5},
+        "max_context": 128,
+        "init_std": 0.1,
+    }
+    config = MoEConfig.resolve(values | changes)
+    return MoEModel(config).initialise(torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def examples(count: int, *, seed: int = 0) -> list[Example]:
@@ -108,7 +131,7 @@ def grpo_config(**changes: object) -> GRPOConfig:
 
 
 def make_objective(
-    kind: Kind, model: DenseModel, *, micro: int = ROWS, steps: int = 5, rank: Rank = Rank()
+    kind: Kind, model: Decoder, *, micro: int = ROWS, steps: int = 5, rank: Rank = Rank()
 ) -> Objective:
     """An objective of `ROWS` items a step, `micro` of them a forward pass."""
     if kind == "lm":
@@ -141,13 +164,14 @@ def start_run(folder: Path) -> Path:
 
 def train_in(
     folder: Path,
-    model: DenseModel,
+    model: Decoder,
     objective: Objective,
     *,
     optim: OptimConfig,
     steps: int,
     checkpoint_every: int = 100,
     trackers: list[Tracker] | None = None,
+    routing: RoutingConfig = PLAIN_ROUTING,
 ) -> Totals:
     """Train with the real loop in a new run folder, or go on in one that exists."""
     if not (folder / "config.json").exists():
@@ -155,7 +179,7 @@ def train_in(
     return train(
         model,
         objective,
-        LoopConfig(steps=steps, optim=optim, checkpoint_every=checkpoint_every),
+        LoopConfig(steps=steps, optim=optim, checkpoint_every=checkpoint_every, routing=routing),
         steps=steps,
         run=Run.open(folder),
         progress=Progress(console=Console(file=io.StringIO())),
@@ -164,13 +188,19 @@ def train_in(
     )
 
 
-def gradient_of_step(folder: Path, model: DenseModel, objective: Objective) -> dict[str, Tensor]:
+def gradient_of_step(
+    folder: Path,
+    model: Decoder,
+    objective: Objective,
+    *,
+    routing: RoutingConfig = PLAIN_ROUTING,
+) -> dict[str, Tensor]:
     """The gradient that the loop hands its optimiser in step 0; the weights stay as they are.
 
     With beta1 = 0 Adam's first moment is the gradient, and the checkpoint keeps it.
     """
     optim = OptimConfig(adam_lr=0.0, betas=(0.0, 0.95), clip_norm=None)
-    train_in(folder, model, objective, optim=optim, steps=1)
+    train_in(folder, model, objective, optim=optim, steps=1, routing=routing)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     state = load_file(checkpoint / "optimiser.safetensors")

@@ -10,7 +10,7 @@ import typer.main
 
 from phikit.base.config import fingerprint
 from phikit.cli.app import app
-from phikit.models.dense import DenseModel
+from phikit.models.registry import build
 from phikit.recipes import PIPELINES
 from phikit.recipes.budget import budget
 from phikit.recipes.config import PipelineConfig
@@ -41,7 +41,7 @@ def test_a_recipe_is_named_and_explained(name: str):
 def test_a_recipe_builds_on_meta_and_has_a_budget(name: str):
     config = PIPELINES[name]()
     with torch.device("meta"):
-        model = DenseModel(config.base.model)
+        model = build(config.base.model)
     costs = budget(config)
     total = sum(p.numel() for p in model.parameters())
     if config.lora is None:

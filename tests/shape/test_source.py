@@ -73,7 +73,7 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-EVERYWHERE = ("src", "tests", "scripts", "benchmarks")
+EVERYWHERE = ("src", "tests", "scripts", "benchmarks", "experiments")
 
 
 def test_files_and_functions_are_small():

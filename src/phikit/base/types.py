@@ -52,3 +52,12 @@ class Batch(NamedTuple):
     documents_BT: Tensor | None
     num_tokens: int
     extras: dict[str, Tensor]
+
+    @property
+    def is_text_BT(self) -> Tensor:
+        """bool; False where a row is padded."""
+        if self.documents_BT is not None:
+            return self.documents_BT >= 0
+        is_text_BT = self.positions_BT > 0
+        is_text_BT[:, 0] = True
+        return is_text_BT

@@ -107,22 +107,37 @@ def families_svg(stages: Sequence[Stage]) -> str | None:
     )
 
 
-def curve_svg(stage: Stage, key: str, *, colour: int) -> str | None:
+def curve_svg(stage: Stage, key: str, *, colour: int, beside: Stage | None = None) -> str | None:
     """One metric over the steps of one stage; None when the stage did not log it.
 
     Args:
         colour: number of the stage, which decides its colour on the page.
+        beside: the same stage of another model, drawn in grey.
     """
-    points = [
-        (float(row["step"]), float(row[key]))
-        for row in stage.metrics
-        if _is_finite(row.get("step")) and _is_finite(row.get(key))
-    ]
+    points, others = _points(stage, key), _points(beside, key) if beside else []
     if len(points) < 2:
         return None
     shade = _series(_CSS, colour)
     title = f"{CURVES[key]}: {_label(stage.name)}"
-    return _svg(lambda axes: _draw_curve(axes, points, title, shade), title)
+
+    def draw(axes: Axes) -> None:
+        axes.set_title(title)
+        if beside is not None and len(others) > 1:
+            _draw_curve(axes, others, _CSS.muted, name=beside.name)
+        _draw_curve(axes, points, shade, name=stage.name)
+        if len(others) > 1:
+            legend(axes, _CSS)
+
+    return _svg(draw, title)
+
+
+def _points(stage: Stage, key: str) -> list[tuple[float, float]]:
+    """Steps and values of a metric."""
+    return [
+        (float(row["step"]), float(row[key]))
+        for row in stage.metrics
+        if _is_finite(row.get("step")) and _is_finite(row.get(key))
+    ]
 
 
 def _draw_accuracy(axes: Axes, stages: Sequence[Stage], palette: Palette) -> None:
@@ -187,9 +202,10 @@ def _draw_by_family(axes: Axes, stages: Sequence[Stage], palette: Palette) -> No
     legend(axes, palette)
 
 
-def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], title: str, shade: str) -> None:
+def _draw_curve(
+    axes: Axes, points: Sequence[tuple[float, float]], shade: str, *, name: str
+) -> None:
     """The values, thin, and their moving average."""
-    axes.set_title(title)
     size = math.ceil(len(points) / MAX_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
     steps = [fmean(x for x, _ in part) for part in bins]
@@ -197,7 +213,7 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], title: str, s
     reach = len(bins) // 40
     smooth = [fmean(means[max(0, i - reach) : i + reach + 1]) for i in range(len(means))]
     axes.plot(steps, means, color=shade, linewidth=0.8, alpha=0.45)
-    axes.plot(steps, smooth, color=shade)
+    axes.plot(steps, smooth, color=shade, label=_label(name))
 
 
 def _interval(value: float, n: int | None, stderr: float | None) -> tuple[float, float]:
@@ -247,11 +263,26 @@ STYLE: Any = {
 
 def _svg(draw: Callable[[Axes], None], title: str, *, height: float = _SIZE[1]) -> str:
     """Draw one chart and return it as an `<svg>` element in CSS variables."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+
+    def draw_alone(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         draw(axes)
-        finish(axes, _CSS)
+        finish(axes, palette)
+
+    return inline_svg(draw_alone, title, size=(_SIZE[0], height))
+
+
+def inline_svg(
+    draw: Callable[[Figure, Palette], None], title: str, *, size: tuple[float, float]
+) -> str:
+    """What `draw` makes of an empty figure, as an `<svg>` element in CSS variables.
+
+    Args:
+        size: of the figure in inches; the page scales it to its column.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, _CSS)
         file = io.StringIO()
         metadata = {"Date": None, "Title": title}
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)

@@ -7,10 +7,12 @@ should an escape ever be missed.
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from phikit.base.files import write_atomic
+from phikit.evals.expert_plot import kinds_svg, load_svg
 from phikit.evals.plots import (
     CURVES,
     DARK,
@@ -42,9 +44,10 @@ def render_report(results: Mapping[str, Any]) -> str:
     title = _text(checked.meta.get("title", "phikit report"))
     body = [
         f"<header><h1>{title}</h1>{_headline(checked.stages)}{_facts(checked.meta)}</header>",
-        _table(checked.stages),
-        _charts(checked.stages),
-        _transcripts(checked.stages),
+        _table(checked.all_stages),
+        _charts(checked),
+        _experts(checked),
+        _transcripts(checked.all_stages),
         _NOTES,
     ]
     return (
@@ -128,21 +131,50 @@ def _status_legend(stages: Sequence[Stage]) -> str:
     return "".join(f'<span><i class="{status}"></i>{status}</span>' for status in seen)
 
 
-def _charts(stages: Sequence[Stage]) -> str:
-    drawn = [svg for svg in _drawings(stages) if svg is not None]
+def _charts(results: Results) -> str:
+    drawn = [svg for svg in _drawings(results.stages, results.beside) if svg is not None]
     if not drawn:
         return ""
     figures = "".join(f"<figure>{svg}</figure>" for svg in drawn)
     return f"<section><h2>Charts</h2><div class=grid>{figures}</div></section>"
 
 
-def _drawings(stages: Sequence[Stage]) -> Iterator[str | None]:
+def _drawings(stages: Sequence[Stage], beside: Sequence[Stage]) -> Iterator[str | None]:
     yield accuracy_svg(stages)
     yield steps_svg(stages)
     yield families_svg(stages)
     for key in CURVES:
-        for number, stage in enumerate(stages):
-            yield curve_svg(stage, key, colour=number)
+        for number, (stage, other) in enumerate(zip_longest(stages, beside[: len(stages)])):
+            yield curve_svg(stage, key, colour=number, beside=other)
+
+
+def _experts(results: Results) -> str:
+    """Where the routers send what, and what that is worth beside the other model."""
+    parts = [
+        f"<figure class=wide>{svg}</figure>"
+        for number, stage in enumerate(results.stages)
+        if (svg := load_svg(stage, colour=number)) is not None
+    ]
+    if not parts:
+        return ""
+    pairs = zip_longest(results.stages, results.beside[: len(results.stages)])
+    for number, (stage, other) in enumerate(pairs):
+        svg = kinds_svg(stage, colour=number, beside=other)
+        parts += [] if svg is None else [f"<figure>{svg}</figure>"]
+    words = "".join(_versus(stage) for stage in results.stages)
+    return (
+        f"<section><h2>Experts</h2><div class=grid>{''.join(parts)}</div>"
+        f"<div class=notes>{words}{_EXPERT_NOTES}</div></section>"
+    )
+
+
+def _versus(stage: Stage) -> str:
+    if stage.versus is None:
+        return ""
+    return (
+        f"<p>{_text(stage.name)}, beside the other model on the same problems: accuracy "
+        f"{_text(change(stage.versus))} points.</p>"
+    )
 
 
 def _transcripts(stages: Sequence[Stage]) -> str:
@@ -237,6 +269,7 @@ margin:.6rem 0}
 margin-right:.4rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1rem}
 figure{margin:0;padding:.8rem}
+.wide{grid-column:1/-1}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 section>details{margin-bottom:.6rem;padding:0 1rem}
@@ -252,6 +285,11 @@ font:.86rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre.thinking{color:var(--muted)}
 .notes{font-size:.86rem;color:var(--muted);max-width:46rem}
 """
+_EXPERT_NOTES = """<p>Each picture is one layer of the model after that stage: a row is a kind of
+token, a column an expert, and the darker a cell, the larger the share of the kind's assignments
+that the expert has. An even row would have the same shade throughout. Held-out loss is that of
+deterministic routing; the loss in training has the noise of drawn routing in it and is not to be
+compared between models.</p>"""
 _NOTES = """<section class=notes><h2>How to read this</h2>
 <p>Accuracy is the share of problems solved, one greedy reply each, ± one standard error over
 problems. pass@1 is the same share over four replies a problem at temperature 0.6. Length is the

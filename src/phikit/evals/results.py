@@ -51,6 +51,15 @@ class Shown(_Part):
     num_tokens: int | None = None
 
 
+class Experts(_Part):
+    """`experts.ExpertMap` as data: held-out loss and expert loads by kind of token."""
+
+    kinds: list[str]
+    losses: list[float]
+    load: list[list[list[float]]]
+    loss: float
+
+
 class Stage(_Part):
     """One row. What a stage did not measure is None or empty, and is shown as such.
 
@@ -73,13 +82,23 @@ class Stage(_Part):
     paired: Change | None = None
     transcripts: list[Shown] = Field(default_factory=list)
     metrics: list[dict[str, Any]] = Field(default_factory=list)
+    experts: Experts | None = None
+    versus: Change | None = None
+    """This model minus the one beside it, on the same problems, greedy."""
 
 
 class Results(_Part):
     """A whole results.json; `meta` are facts to print as they are (model, hardware, seed)."""
 
     stages: list[Stage]
+    beside: list[Stage] = Field(default_factory=list)
+    """The same stages of a second model, if there is one."""
     meta: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def all_stages(self) -> list[Stage]:
+        """Those of the model beside it last."""
+        return [*self.stages, *self.beside]
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Self:

@@ -34,7 +34,7 @@ def stage_table(results: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if index else "left")
-    for stage in Results.read(results).stages:
+    for stage in Results.read(results).all_stages:
         # `Text` takes names literally; a plain string would be read as rich markup.
         table.add_row(*map(Text, stage_row(stage)))
     return table
@@ -43,7 +43,7 @@ def stage_table(results: Mapping[str, Any]) -> Table:
 def stage_table_markdown(results: Mapping[str, Any]) -> str:
     """The stages of a results.json as a Markdown table."""
     lines = [_markdown_line(COLUMNS), "|:--|" + "--:|" * (len(COLUMNS) - 1)]
-    lines += [_markdown_line(stage_row(stage)) for stage in Results.read(results).stages]
+    lines += [_markdown_line(stage_row(stage)) for stage in Results.read(results).all_stages]
     return "\n".join(lines) + "\n"
 
 

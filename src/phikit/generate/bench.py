@@ -24,8 +24,8 @@ from phikit.generate.cache import block_bytes
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
 from phikit.models.decoder import Decoder
-from phikit.nn.lora import LowRank
-from phikit.nn.moe import Experts
+from phikit.nn.lora import LowRank, LowRankExperts
+from phikit.nn.moe.experts import Experts
 
 
 class Spread(NamedTuple):
@@ -172,7 +172,7 @@ def step_bytes(engine: Engine, *, batch: int, context: int) -> float:
     model, config = engine.model, engine.model.config
     read = {**_tensors(model.model.layers), **_tensors(model.model.norm), **_tensors(model.lm_head)}
     for module in model.model.modules():
-        if isinstance(module, LowRank):
+        if isinstance(module, LowRank | LowRankExperts):
             for key in _tensors(module):
                 read.pop(key, None)
     weights: float = sum(tensor.nbytes for tensor in read.values())

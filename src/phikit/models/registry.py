@@ -43,7 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         config=moe.MoEConfig,
         build=moe.MoEModel,
-        model_types=("phimoe", "grinmoe"),
+        model_types=("phimoe", "grinmoe", moe.OWN_TYPE),
         keys=moe.KEYS,
         from_hf=moe.from_hf_config,
         to_hf=moe.to_hf_config,

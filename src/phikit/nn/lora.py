@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError, WeightsError
-from phikit.nn.linear import Linear
-from phikit.nn.quantised import PackedWeight, QuantLinear
+from phikit.nn.linear import Linear, product
+from phikit.nn.moe.experts import ExpertLinear, expert_product
+from phikit.nn.quantised import PackedWeight, QuantExpertLinear, QuantLinear
 
 BLOCKS = "model.layers"
 """Where a decoder keeps its blocks; its encoders may have linears of the same names."""
@@ -61,6 +62,39 @@ class LowRank(nn.Module):
         return self.scale * (self.b_DR.float() @ self.a_RD.float())
 
 
+class LowRankExperts(nn.Module):
+    """A `LowRank` for each of a stack of experts."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.a_ERD = nn.Parameter(torch.empty(num_experts, rank, in_features))
+        self.b_EDR = nn.Parameter(torch.zeros(num_experts, out_features, rank))
+        for a_RD in self.a_ERD.detach():
+            nn.init.kaiming_uniform_(a_RD, a=5**0.5, generator=generator)
+
+    def forward(self, x_A: Tensor, ends_E: Tensor) -> Tensor:
+        inner_AR = expert_product(x_A, self.a_ERD, ends_E)
+        return expert_product(inner_AR, self.b_EDR, ends_E) * self.scale
+
+    def of(self, expert: int, x: Tensor) -> Tensor:
+        """One expert's update, [..., in] to [..., out]."""
+        return product(product(x, self.a_ERD[expert]), self.b_EDR[expert]) * self.scale
+
+    def delta(self) -> Tensor:
+        """The dense updates this adapter stands for, in float32, [E, out, in]."""
+        return self.scale * (self.b_EDR.float() @ self.a_ERD.float())
+
+
 class AdapterRows(NamedTuple):
     """The rows of a batch that use one adapter, int64; None is all of them."""
 
@@ -97,7 +131,7 @@ class AdapterRoute:
 
 
 class Adapted(nn.Module):
-    """What makes a linear layer one with named low-rank adapters; at most one acts on each row."""
+    """What a layer with named low-rank adapters has; at most one of them acts on each row."""
 
     adapters: nn.ModuleDict
     route: AdapterRoute
@@ -107,6 +141,10 @@ class Adapted(nn.Module):
         self.adapters = nn.ModuleDict() if adapters is None else adapters
         self.route = route
         return self
+
+
+class AdaptedRows(Adapted):
+    """Adapters of a linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
@@ -119,7 +157,35 @@ class Adapted(nn.Module):
         return y
 
 
-class LoRALinear(Adapted, Linear):
+class AdaptedExperts(Adapted):
+    """Adapters of stacked experts; all rows of a batch use the same one."""
+
+    def forward(self, x_A: Tensor, ends_E: Tensor) -> Tensor:
+        y = super().forward(x_A, ends_E)
+        for adapter in self._acting():
+            y = y + adapter(x_A, ends_E)
+        return y
+
+    def of(self, expert: int, x: Tensor) -> Tensor:
+        y = super().of(expert, x)  # pyright: ignore[reportAttributeAccessIssue]
+        for adapter in self._acting():
+            y = y + adapter.of(expert, x)
+        return y
+
+    def _acting(self) -> Iterator[LowRankExperts]:
+        for name, rows in self.route.now():
+            if name in self.adapters:
+                if rows is not None:
+                    raise ConfigError(
+                        f"adapter {name!r} adapts experts, and only some rows of the batch use it",
+                        fix="run rows with and without it in batches of their own",
+                    )
+                adapter = self.adapters[name]
+                assert isinstance(adapter, LowRankExperts)
+                yield adapter
+
+
+class LoRALinear(AdaptedRows, Linear):
     """A linear layer with named low-rank adapters."""
 
     @classmethod
@@ -131,23 +197,64 @@ class LoRALinear(Adapted, Linear):
         wrapped.weight, wrapped.bias = linear.weight, linear.bias
         return wrapped.adapt(route)
 
+    def bare(self) -> Linear:
+        """The layer without its adapters, sharing its parameters."""
+        plain = Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain
 
-class LoRAQuantLinear(Adapted, QuantLinear):
+
+class LoRAExpertLinear(AdaptedExperts, ExpertLinear):
+    """Stacked experts with named low-rank adapters."""
+
+    @classmethod
+    def wrap(cls, experts: ExpertLinear, route: AdapterRoute) -> Self:
+        """A LoRAExpertLinear that shares the experts' weights."""
+        with torch.device("meta"):
+            wrapped = cls(experts.num_experts, *reversed(experts.weight.shape[1:]))
+        wrapped.weight = experts.weight
+        return wrapped.adapt(route)
+
+    def bare(self) -> ExpertLinear:
+        """The experts without their adapters, sharing their weights."""
+        with torch.device("meta"):
+            plain = ExpertLinear(self.num_experts, *reversed(self.weight.shape[1:]))
+        plain.weight = self.weight
+        return plain
+
+
+class LoRAQuantLinear(AdaptedRows, QuantLinear):
     """A quantised linear layer with named low-rank adapters in floating point."""
 
 
-def quantised(linear: nn.Linear, weight: PackedWeight) -> QuantLinear:
-    """`linear` over a quantised weight, with the bias and the adapters that it has."""
-    if isinstance(linear, LoRALinear):
-        made = LoRAQuantLinear(weight, bias=linear.bias)
-        return made.adapt(linear.route, linear.adapters)
-    return QuantLinear(weight, bias=linear.bias)
+class LoRAQuantExpertLinear(AdaptedExperts, QuantExpertLinear):
+    """Quantised experts with named low-rank adapters in floating point."""
 
 
-def lora_linears(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAQuantLinear]]:
-    """Paths and modules of all linears of a model that can carry adapters."""
+PLAIN = (nn.Linear, QuantLinear, ExpertLinear, QuantExpertLinear)
+"""Layers that can be adapted."""
+
+
+def quantised(
+    layer: nn.Linear | ExpertLinear, weight: PackedWeight
+) -> QuantLinear | QuantExpertLinear:
+    """`layer` over a quantised weight, with the bias and the adapters that it has."""
+    if isinstance(layer, ExpertLinear):
+        if isinstance(layer, LoRAExpertLinear):
+            return LoRAQuantExpertLinear(weight).adapt(layer.route, layer.adapters)
+        return QuantExpertLinear(weight)
+    if isinstance(layer, LoRALinear):
+        made = LoRAQuantLinear(weight, bias=layer.bias)
+        return made.adapt(layer.route, layer.adapters)
+    return QuantLinear(weight, bias=layer.bias)
+
+
+def lora_linears(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Paths and modules of all layers of a model that can carry adapters."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear | LoRAQuantLinear):
+        if isinstance(module, Adapted):
             yield path, module
 
 
@@ -167,18 +274,30 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     ]
 
 
-def add_adapter(model: nn.Module, path: str, *, name: str, adapter: LowRank) -> None:
-    """Give the linear layer at `path` an adapter; freeze and choose nothing."""
-    linear = model.get_submodule(path)
-    if isinstance(linear, nn.Linear) and not isinstance(linear, LoRALinear):
-        linear = LoRALinear.wrap(linear, route_of(model))
-    elif isinstance(linear, QuantLinear) and not isinstance(linear, LoRAQuantLinear):
-        linear = LoRAQuantLinear(linear.weight, bias=linear.bias).adapt(route_of(model))
-    assert isinstance(linear, LoRALinear | LoRAQuantLinear)
-    model.set_submodule(path, linear)
-    linear.adapters[name] = adapter
-    if name not in linear.route.names:
-        linear.route.names.append(name)
+def add_adapter(
+    model: nn.Module, path: str, *, name: str, adapter: LowRank | LowRankExperts
+) -> None:
+    """Give the layer at `path` an adapter; freeze and choose nothing."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, Adapted):
+        layer = _adaptable(layer, route_of(model))
+        model.set_submodule(path, layer)
+    layer.adapters[name] = adapter
+    if name not in layer.route.names:
+        layer.route.names.append(name)
+
+
+def _adaptable(layer: nn.Module, route: AdapterRoute) -> Adapted:
+    match layer:
+        case nn.Linear():
+            return LoRALinear.wrap(layer, route)
+        case QuantLinear():
+            return LoRAQuantLinear(layer.weight, bias=layer.bias).adapt(route)
+        case ExpertLinear():
+            return LoRAExpertLinear.wrap(layer, route)
+        case QuantExpertLinear():
+            return LoRAQuantExpertLinear(layer.weight).adapt(route)
+    raise AssertionError(type(layer))
 
 
 def add_adapters(
@@ -193,14 +312,14 @@ def add_adapters(
 ) -> list[nn.Parameter]:
     """Give the linears named in `targets` an adapter each; freeze and choose nothing.
 
-    Returns the adapters' weights. Raises ConfigError if a target is no linear layer of the
-    submodule `within`.
+    Stacked experts are linears here, and each expert has an adapter. Returns the adapters' weights.
+    Raises ConfigError if a target is no linear layer of the submodule `within`.
     """
     targets = list(targets)
     linears = {
         f"{within}.{path}": module
         for path, module in model.get_submodule(within).named_modules()
-        if isinstance(module, nn.Linear | QuantLinear)
+        if isinstance(module, PLAIN)
     }
     leaves = {path.rpartition(".")[2] for path in linears}
     for target in targets:
@@ -214,13 +333,23 @@ def add_adapters(
     trainable: list[nn.Parameter] = []
     for path, linear in linears.items():
         if path.rpartition(".")[2] in targets:
-            adapter = LowRank(
-                linear.in_features, linear.out_features, rank=rank, alpha=alpha, generator=generator
-            )
+            shape = linear.weight.shape
+            adapter = _new_adapter(shape, rank=rank, alpha=alpha, generator=generator)
             adapter.to(like.device, like.dtype)
             add_adapter(model, path, name=name, adapter=adapter)
             trainable += adapter.parameters()
     return trainable
+
+
+def _new_adapter(
+    shape: Sequence[int], *, rank: int, alpha: float, generator: torch.Generator | None
+) -> LowRank | LowRankExperts:
+    """For a matrix of this shape, or a stack of them."""
+    *stack, rows, width = shape
+    if stack:
+        [count] = stack
+        return LowRankExperts(count, width, rows, rank=rank, alpha=alpha, generator=generator)
+    return LowRank(width, rows, rank=rank, alpha=alpha, generator=generator)
 
 
 def attach_lora(
@@ -298,7 +427,8 @@ def merge_lora(
     """
     route = route_of(model)
     route.check(name)
-    if any(isinstance(linear, LoRAQuantLinear) for _, linear in lora_linears(model)):
+    quantised_ones = (LoRAQuantLinear, LoRAQuantExpertLinear)
+    if any(isinstance(linear, quantised_ones) for _, linear in lora_linears(model)):
         raise WeightsError(
             f"the model is quantised, and adapter {name!r} cannot be merged into it",
             fix="merge it into the model that this one was quantised from, then quantise that",
@@ -311,17 +441,11 @@ def merge_lora(
         )
     route.names, route.chosen = rest, None
     for path, linear in list(lora_linears(model)):
-        assert isinstance(linear, LoRALinear)
-        weight = linear.weight
+        assert isinstance(linear, LoRALinear | LoRAExpertLinear)
         if name in linear.adapters:
+            weight = linear.weight
             update = linear.adapters[name].delta()  # pyright: ignore[reportCallIssue]
-            weight = nn.Parameter((weight.float() + update).to(weight.dtype))
+            linear.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
             del linear.adapters[name]
-        if others == "keep" and len(linear.adapters):
-            linear.weight = weight
-            continue
-        plain = Linear(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
-        )
-        plain.weight, plain.bias = weight, linear.bias
-        model.set_submodule(path, plain)
+        if others != "keep" or not len(linear.adapters):
+            model.set_submodule(path, linear.bare())

@@ -176,7 +176,7 @@ class QuantEmbedding(nn.Module):
 
 
 class QuantExpertLinear(nn.Module):
-    """`nn.moe.ExpertLinear` over a packed stack."""
+    """`nn.moe.experts.ExpertLinear` over a packed stack."""
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ from phikit.data.corpus import pretraining_documents
 from phikit.data.problem import read_problems
 from phikit.data.source import FileSource, HubSource, ProceduralSource, Source, load_problems
 from phikit.generate.engine import CACHE_BYTES, MAX_ROWS
+from phikit.models.dense import DenseConfig
+from phikit.models.moe import MoEConfig
 from phikit.models.registry import build
 from phikit.nn.attention import EXPLICIT_MAX_TOKENS
 from phikit.nn.lora import attach_lora
@@ -201,8 +203,9 @@ class _Estimator:
         - optimiser, per trained weight: float32 master, gradient sum and momentum (12 bytes),
           under AdamW the second moment too (4), and the gradient of one micro-batch (b)
         - activations that the backward pass keeps, per token and layer:
-          (4 D + (3 N + 2 K) H + 3 F) b, and N T b for the attention weights where they are
-          written out (up to 512 tokens on CPU); three float32 copies of one chunk of logits
+          (4 D + (3 N + 2 K) H + 3 F) b, F of all experts that a token meets, and N T b for the
+          attention weights where they are written out (up to 512 tokens on CPU); three float32
+          copies of one chunk of logits
         - cache of rollouts: 2 K H b per row, token and layer, every reply at its full length, for
           as many rows at a time as the engine's bounds allow
 
@@ -214,7 +217,7 @@ class _Estimator:
         state = Optimiser(self.model.named_parameters(), optim).state()
         kept = 4 * sum(tensor.numel() for tensor in state.values())
         heads = 3 * shape.num_heads + 2 * shape.num_kv_heads
-        per_token = 4 * shape.d_model + heads * shape.head_dim + 3 * shape.d_mlp
+        per_token = 4 * shape.d_model + heads * shape.head_dim + 3 * _hidden_width(shape)
         if length <= EXPLICIT_MAX_TOKENS:
             per_token += shape.num_heads * length
         per_cached_token = 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * size
@@ -227,6 +230,13 @@ class _Estimator:
             + 3 * 4 * CHUNK_ELEMENTS,
             cache=cache_rows * per_row,
         )
+
+
+def _hidden_width(shape: DenseConfig | MoEConfig) -> int:
+    """Hidden units of a block that one token meets."""
+    if isinstance(shape, MoEConfig):
+        return shape.top_k * shape.d_mlp + (shape.d_shared or 0)
+    return shape.d_mlp
 
 
 class _Lengths(NamedTuple):

@@ -1,13 +1,15 @@
 """What a pipeline is made of: a base, stages in order, and one evaluation after each stage."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from phikit.base.config import Config
 from phikit.data.corpus import CorpusMixture
 from phikit.data.source import Source
 from phikit.models.dense import DenseConfig
+from phikit.models.moe import MoEConfig
 from phikit.train.dpo import DPOConfig
 from phikit.train.grpo import GRPOConfig
 from phikit.train.lm import LMConfig
@@ -15,11 +17,25 @@ from phikit.train.loop import LoopConfig
 from phikit.train.sft import SFTConfig
 
 
+def _architecture(value: Any) -> str:
+    """Experts tell a mixture of them from a dense decoder, in plain data as in a config."""
+    if isinstance(value, Mapping):
+        return "MoEConfig" if "num_experts" in value else "DenseConfig"
+    return type(value).__name__
+
+
+Architecture = Annotated[
+    Annotated[DenseConfig, Tag("DenseConfig")] | Annotated[MoEConfig, Tag("MoEConfig")],
+    Discriminator(_architecture),
+]
+"""What can be trained: no key says which family it is."""
+
+
 class NewBase(Config):
     """A model from nothing: random weights, a tokenizer trained on the pre-training corpus."""
 
     kind: Literal["new"] = "new"
-    model: DenseConfig
+    model: Architecture
     renderer: str = "phi4-mini"
     tokenizer_documents: int
     """Documents of the corpus that the tokenizer is trained on."""
@@ -32,7 +48,7 @@ class PretrainedBase(Config):
 
     kind: Literal["pretrained"] = "pretrained"
     path: str
-    model: DenseConfig
+    model: Architecture
     """What the checkpoint must hold; lets a dry run count parameters without it."""
 
 
@@ -42,7 +58,7 @@ class HubBase(Config):
     kind: Literal["hub"] = "hub"
     id: str
     revision: str | None = None
-    model: DenseConfig
+    model: Architecture
     """What the checkpoint must hold; lets a dry run count parameters without it."""
 
 
@@ -132,7 +148,15 @@ class PipelineConfig(Config):
     threads: int | None = None
     """CPU threads; None leaves torch's choice."""
     base: Annotated[NewBase | PretrainedBase | HubBase, Field(discriminator="kind")]
+    beside: Architecture | None = None
+    """A second model that goes through the same stages, for comparison; of a new base only."""
     lora: LoRAConfig | None = None
     stages: tuple[Stage, ...]
     evaluation: EvaluationConfig
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @model_validator(mode="after")
+    def _can_compare(self) -> Self:
+        if self.beside is not None and not isinstance(self.base, NewBase):
+            raise ValueError("beside: another model can go beside a new base only")
+        return self

@@ -21,6 +21,7 @@ from phikit.base.config import fingerprint
 from phikit.base.device import parse_dtype, set_threads
 from phikit.base.errors import RunError
 from phikit.base.files import storage_errors, write_atomic
+from phikit.base.in_use import in_use
 from phikit.base.metrics import open_trackers
 from phikit.base.progress import Progress
 from phikit.base.run import Run
@@ -28,14 +29,17 @@ from phikit.chat.render import NANO_SPECIALS, renderer_for
 from phikit.chat.tokenizer import train_tokenizer
 from phikit.data.problem import Problem, assert_disjoint
 from phikit.data.source import load_problems
+from phikit.evals.experts import expert_map
 from phikit.evals.report import write_report
 from phikit.evals.scorer import math_scorer
 from phikit.evals.stats import paired_difference
 from phikit.evals.task import EvalResult, Task, evaluate
 from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
 from phikit.generate.engine import Engine
+from phikit.models.moe import MoEConfig
 from phikit.models.registry import build
 from phikit.nn.lora import attach_lora, merge_lora
+from phikit.nn.moe.session import RoutingConfig
 from phikit.recipes.config import (
     DPOStage,
     HubBase,
@@ -56,6 +60,8 @@ from phikit.weights.save import save
 ADAPTER = "stage"
 HELD_OUT = "held out"
 """Key of the evaluation's problems beside those of the stages."""
+MAPPED = 200
+"""Held-out problems, with their traces, whose tokens are followed to the experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +102,38 @@ def stage_folders(config: PipelineConfig, out: Path) -> list[StageFolder]:
 
 
 class Pipeline:
-    """A pipeline in a folder; `run` does whatever of it is not done yet."""
+    """A pipeline in a folder; `run` does whatever of it is not done yet.
+
+    A model beside it is a pipeline of its own in the folder `beside`, with the same seed, so both
+    see the same text in the same order.
+    """
 
     def __init__(self, config: PipelineConfig, out: Path, *, progress: Progress) -> None:
         self.config, self.out, self.progress = config, out, progress
         self.folders = stage_folders(config, out)
         self.scorer = math_scorer()
+        self.beside: Pipeline | None = None
+        self.is_mapped = isinstance(config.base.model, MoEConfig)
+        """Whether tokens are followed to experts, and losses told by kind of token."""
+        if config.beside is not None:
+            self.beside = Pipeline(_of_other_model(config), out / "beside", progress=progress)
+            self.is_mapped = self.beside.is_mapped = True
 
     def run(self, *, until: str | None = None) -> dict[str, Any]:
         """Run the stages up to `until` (by default all) and return the results.
 
-        Raises RunError for an unknown stage, and what the stages raise; finished work is kept.
+        Raises RunError for an unknown stage or a folder that another process works in, and what
+        the stages raise; finished work is kept.
         """
         names = [folder.stage.name for folder in self.folders]
         if until is not None and until not in names:
             raise RunError(
                 f"{self.config.name} has no stage {until!r}", fix=f"choose from {', '.join(names)}"
             )
+        with in_use(self.out):
+            return self._run(names, until)
+
+    def _run(self, names: list[str], until: str | None) -> dict[str, Any]:
         self._write_config()
         set_threads(self.config.threads)
         wanted = self.folders if until is None else self.folders[: names.index(until) + 1]
@@ -120,6 +141,9 @@ class Pipeline:
             self.progress.print(f"{folder.stage.name}: done before, kept in {folder.path}")
         if not (self._has_base_result() and all(map(self._is_done, wanted))):
             self._work(wanted)
+        if self.beside is not None:
+            self.progress.print("beside: the same stages of the other model")
+            self.beside._run(names, until)
         results = self._write_results()
         write_report(results, self.out / "report.html")
         return results
@@ -278,6 +302,7 @@ class Pipeline:
             progress=self.progress,
             name=stage.name,
             trackers=trackers,
+            seed=stage_seed(config.seed, stage.name, "routing"),
         )
         for tracker in trackers:
             tracker.close()
@@ -297,6 +322,9 @@ class Pipeline:
 
     def _evaluation_path(self, folder: Path) -> Path:
         return folder / f"evaluation-{fingerprint(self.config.evaluation)[:8]}.json"
+
+    def _map_path(self, folder: Path) -> Path:
+        return self._evaluation_path(folder).with_name(f"experts-{MAPPED}.json")
 
     def _evaluate(self, loaded: Loaded, problems: Sequence[Problem], folder: Path) -> None:
         """Score greedily and by sampling; kept in the folder under the evaluation's fingerprint."""
@@ -323,6 +351,11 @@ class Pipeline:
             results[name] = evaluate(Task(name, problems, solver, self.scorer))
         write_transcripts(folder / "samples" / "test.txt", transcripts(results["greedy"]))
         self.progress.print(render_transcript(transcripts(results["greedy"])[0]))
+        if self.is_mapped:
+            examples = (loaded.renderer.example(p.messages()) for p in problems[:MAPPED])
+            rows = [example.tokens[: loaded.config.max_context].tolist() for example in examples]
+            found = expert_map(loaded.model, loaded.tokenizer, rows)
+            write_atomic(self._map_path(folder), json.dumps(found.to_dict()))
         kept = {name: result.to_dict() for name, result in results.items()}
         write_atomic(self._evaluation_path(folder), json.dumps(kept))
 
@@ -357,7 +390,12 @@ class Pipeline:
             "paired_t06": paired.get("sampled"),
             "transcripts": [t.to_dict() for t in transcripts(greedy, per_status=3)],
             "metrics": metrics,
+            **self._expert_map(folder),
         }
+
+    def _expert_map(self, folder: StageFolder | None) -> dict[str, Any]:
+        path = self._map_path(folder.path if folder else self.out / "base")
+        return {"experts": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
 
     def _write_results(self) -> dict[str, Any]:
         """Gather what is finished, in order and without gaps, into results.json."""
@@ -371,6 +409,7 @@ class Pipeline:
             results.append(self._summary(folder.stage.name, folder, evaluations))
         everything = {
             "stages": results,
+            "beside": [] if self.beside is None else self._compare(results, evaluations),
             "meta": {
                 "pipeline": self.config.name,
                 "seed": self.config.seed,
@@ -381,6 +420,34 @@ class Pipeline:
         }
         write_atomic(self.out / "results.json", json.dumps(everything, indent=1))
         return everything
+
+    def _compare(
+        self, results: list[dict[str, Any]], evaluations: list[dict[str, EvalResult]]
+    ) -> list[dict[str, Any]]:
+        """The finished stages of the model beside this one; ours are told how they differ."""
+        assert self.beside is not None
+        others = []
+        folders = itertools.takewhile(self.beside._is_done, self.beside.folders)
+        before: list[dict[str, EvalResult]] = []
+        for folder, ours, our_scores in zip(folders, results, evaluations, strict=False):
+            before.append(self.beside._evaluation(folder.path))
+            summary = self.beside._summary(folder.stage.name, folder, before)
+            others.append(summary | {"name": f"beside: {folder.stage.name}"})
+            their_scores = before[-1]["greedy"].scores()
+            versus = paired_difference(their_scores, our_scores["greedy"].scores())
+            ours["versus"] = versus._asdict()
+        return others
+
+
+def _of_other_model(config: PipelineConfig) -> PipelineConfig:
+    """The pipeline of the model beside; one without routers has no routing to configure."""
+    changes = {} if isinstance(config.beside, MoEConfig) else {"routing": RoutingConfig()}
+    stages = tuple(
+        stage.model_copy(update={"loop": stage.loop.model_copy(update=changes)})
+        for stage in config.stages
+    )
+    base = config.base.model_copy(update={"model": config.beside})
+    return config.model_copy(update={"base": base, "beside": None, "stages": stages})
 
 
 def _save_whole(folder: Path, loaded: Loaded) -> None:

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from phikit.base.metrics import Tracker
 from phikit.base.progress import Progress
 from phikit.base.run import Run
 from phikit.models.decoder import Decoder
+from phikit.nn.moe.session import RouterSession, RoutingConfig
 from phikit.train.objective import Objective
 from phikit.train.optim import OptimConfig, Optimiser
 from phikit.weights.quantised import refuse_quantised
@@ -38,6 +39,8 @@ class LoopConfig(Config):
     epochs: float | None = None
     """Passes over the data."""
     optim: OptimConfig
+    routing: RoutingConfig = RoutingConfig()
+    """Of a mixture of experts."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -75,23 +78,30 @@ def train(
     progress: Progress,
     name: str,
     trackers: list[Tracker] | None = None,
+    seed: int = 0,
 ) -> Totals:
     """Train to the last step, from the newest checkpoint of `run` if there is one.
 
+    `seed` is that of the routers, if the model has any.
+
     Raises NumericsError when the loss is not finite, CheckpointError for a damaged checkpoint,
-    WeightsError for a quantised model, and Interrupted on Ctrl-C, after saving.
+    WeightsError for a quantised model, ConfigError for routing that the model has not, and
+    Interrupted on Ctrl-C, after saving.
     """
     refuse_quantised(model, "training it")
+    session = RouterSession(model, config.routing, seed=seed)
     optimiser = Optimiser(model.named_parameters(), config.optim)
-    totals = _resume(optimiser, run)
+    totals = _resume(optimiser, session, run)
     progress.task(name, steps)
     progress.advance(totals.step)
     model.train()
-    with _stop_request() as stop_requested:
+    with closing(session), _stop_request() as stop_requested:
         while totals.step < steps:
             started = time.perf_counter()
             rate = config.optim.rate(totals.step, steps)
-            metrics, trained = _step(model, objective, optimiser, step=totals.step, rate=rate)
+            metrics, trained = _step(
+                model, objective, optimiser, session, step=totals.step, rate=rate
+            )
             elapsed = time.perf_counter() - started
             totals = Totals(
                 totals.step + 1,
@@ -109,7 +119,7 @@ def train(
             progress.advance(1, **shown, tokens_per_s=work / elapsed)
             is_last = totals.step == steps
             if is_last or stop_requested() or totals.step % config.checkpoint_every == 0:
-                _save(optimiser, totals, run, keep=config.keep_checkpoints)
+                _save(optimiser, session, totals, run, keep=config.keep_checkpoints)
             if stop_requested() and not is_last:
                 raise Interrupted(f"stopped by request after step {totals.step} of {name}; saved")
     model.eval()
@@ -120,6 +130,7 @@ def _step(
     model: Decoder,
     objective: Objective,
     optimiser: Optimiser,
+    session: RouterSession,
     *,
     step: int,
     rate: float,
@@ -134,13 +145,15 @@ def _step(
     )
     weight = sizes["weight"]
     sums: dict[str, float] = {"loss": 0.0}
+    session.begin(step, batches=len(batches), tokens=int(sizes["tokens"]))
     for batch in batches:
-        total, extra = objective.loss(model, batch)
+        with session.micro_batch(batch.is_text_BT):
+            total, extra = objective.loss(model, batch)
         (total / weight).backward()
         optimiser.accumulate()
         for key, value in {"loss": total.detach(), **extra}.items():
             sums[key] = sums.get(key, 0.0) + float(value)
-    metrics = dict(metrics)
+    metrics = metrics | session.end()
     if weight:
         metrics |= {key: value / weight for key, value in _over_ranks(sums).items()}
         metrics["grad_norm"] = optimiser.clip()
@@ -174,21 +187,25 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _save(optimiser: Optimiser, totals: Totals, run: Run, *, keep: int) -> None:
+def _save(
+    optimiser: Optimiser, session: RouterSession, totals: Totals, run: Run, *, keep: int
+) -> None:
     def write(folder: Path) -> None:
-        save_file(optimiser.state(), folder / "optimiser.safetensors")
+        save_file(optimiser.state() | session.state(), folder / "optimiser.safetensors")
         (folder / "state.json").write_text(json.dumps(totals._asdict()))
 
     if _is_first():
         save_checkpoint(run.checkpoints, totals.step, write, keep=keep)
 
 
-def _resume(optimiser: Optimiser, run: Run) -> Totals:
+def _resume(optimiser: Optimiser, session: RouterSession, run: Run) -> Totals:
     checkpoint = latest_checkpoint(run.checkpoints)
     totals = Totals()
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
-        optimiser.load(load_file(checkpoint / "optimiser.safetensors"))
+        state = load_file(checkpoint / "optimiser.safetensors")
+        optimiser.load(state)
+        session.load(state)
         totals = Totals(**json.loads((checkpoint / "state.json").read_text()))
     if _is_first():
         run.metrics.truncate(after_step=totals.step)

@@ -2,7 +2,10 @@
 
 Muon (Jordan et al., 2024) replaces the momentum of a weight matrix by its nearest semi-orthogonal
 matrix, found by five Newton-Schulz steps. Matrices of one shape are stepped together as one batched
-product. The model's own weights may be bfloat16; they are rounded copies of the masters.
+product; a stack of experts is as many matrices. A router's matrix is AdamW's: its rows are what
+tokens are compared with, one by one, and an orthogonal step would move rows of experts that few
+tokens meet as far as all others. The model's own weights may be bfloat16; they are rounded copies
+of the masters.
 AdamW: Loshchilov & Hutter, 2019.
 """
 
@@ -50,12 +53,10 @@ class Optimiser:
         named = [(name, p) for name, p in parameters if p.requires_grad]
         by_shape: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named:
-            is_matrix = parameter.ndim == 2 and ".layers." in name
-            rows_cols = "x".join(map(str, parameter.shape))
-            kind = f"muon.{rows_cols}" if is_matrix and config.muon_lr is not None else "adam"
-            by_shape.setdefault(kind if kind != "adam" else f"adam.{name}", []).append(
-                (name, parameter)
-            )
+            is_muons = config.muon_lr is not None and _is_matrix(name, parameter)
+            shape = "x".join(map(str, parameter.shape))
+            key = f"muon.{shape}" if is_muons else f"adam.{name}"
+            by_shape.setdefault(key, []).append((name, parameter))
         self.groups = {key: [p for _, p in members] for key, members in by_shape.items()}
         self.names = {key: [n for n, _ in members] for key, members in by_shape.items()}
         self.master = {
@@ -134,8 +135,13 @@ class Optimiser:
                     parameter.copy_(master)
 
 
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of a block, or a stack of them, one for each expert."""
+    return parameter.ndim in (2, 3) and ".layers." in name and ".router." not in name
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Approximately U V^T of each matrix's singular value decomposition; float32 [N, rows, cols].
+    """Approximately U V^T of each matrix's singular value decomposition; float32 [..., rows, cols].
 
     Newton-Schulz in bfloat16: singular values end within about 0.3 of 1, which is all Muon needs.
     """

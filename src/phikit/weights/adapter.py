@@ -74,7 +74,8 @@ def save_adapter(
     `dtype` None keeps that of the weights.
 
     Raises:
-        WeightsError: the model has no such adapter, or linears of one name have different ranks.
+        WeightsError: the model has no such adapter, it adapts experts, or linears of one name have
+            different ranks.
         StorageError: the disk is full or the folder may not be written.
     """
     folder = Path(folder)
@@ -251,7 +252,11 @@ def _adapters(model: Decoder, name: str) -> dict[str, LowRank]:
     for path, linear in lora_linears(model):
         if name in linear.adapters:
             adapter = linear.adapters[name]
-            assert isinstance(adapter, LowRank)
+            if not isinstance(adapter, LowRank):
+                raise WeightsError(
+                    f"the adapter {name!r} adapts stacked experts, and PEFT has no layout for that",
+                    fix="merge it into the model (nn.lora.merge_lora) and save the model",
+                )
             found[path] = adapter
     return found
 

@@ -22,7 +22,7 @@ from phikit.base.errors import NumericsError
 from phikit.models.decoder import Decoder
 from phikit.nn.attention import CausalAttention
 from phikit.nn.lora import BLOCKS
-from phikit.nn.moe import ExpertLinear
+from phikit.nn.moe.experts import ExpertLinear
 from phikit.weights.scales import LIMITS, choose_scales
 
 DAMPING = 0.01

@@ -19,8 +19,8 @@ from torch import nn
 from phikit.base.errors import ConfigError, WeightsError
 from phikit.models.decoder import Decoder
 from phikit.nn.lora import BLOCKS, quantised
-from phikit.nn.moe import ExpertLinear
-from phikit.nn.quantised import PackedWeight, QuantConfig, QuantEmbedding, QuantExpertLinear
+from phikit.nn.moe.experts import ExpertLinear
+from phikit.nn.quantised import PackedWeight, QuantConfig, QuantEmbedding
 
 KEY, METHOD = "quantization_config", "phikit"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -60,9 +60,7 @@ def matrices(model: Decoder, config: QuantConfig) -> list[Matrix]:
 def put(model: Decoder, path: str, weight: PackedWeight) -> None:
     """Give the module at `path` a quantised weight, and the head too if it is tied to it."""
     module = model.get_submodule(path)
-    if isinstance(module, ExpertLinear):
-        model.set_submodule(path, QuantExpertLinear(weight))
-    elif isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | ExpertLinear):
         model.set_submodule(path, quantised(module, weight))
     else:
         model.set_submodule(path, QuantEmbedding(weight))

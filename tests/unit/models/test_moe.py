@@ -8,6 +8,7 @@ import torch
 from phikit.base.errors import ConfigError
 from phikit.models.moe import MoEConfig, MoEModel, checkpoint_parts, from_hf_config, to_hf_config
 from phikit.models.registry import active_parameter_count, config_from_hf, parameter_count
+from phikit.nn.moe.router import SparseMixerConfig
 
 GRIN: dict[str, Any] = {
     "architectures": ["GRIN-MoE"],
@@ -59,8 +60,12 @@ PHI_TINY_MOE = SLIM | {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
+SCALING = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+SCALING |= {"original_max_position_embeddings": 4096}
 TINY = {"vocab_size": 300, "d_model": 48, "num_layers": 2, "d_mlp": 32, "max_context": 128}
 TINY |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "num_experts": 3}
+NEAR = {"kind": "sparsemixer", "jitter_eps": 0.2}
+LONGROPE_HALF = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "original_context": 8}
 LONGROPE = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_context": 8}
 
 
@@ -92,7 +97,7 @@ def test_longrope_constants():
 def test_absent_keys_mean_what_the_released_code_means():
     optional = {"rope_theta", "attention_bias", "lm_head_bias", "router_jitter_noise"}
     config = from_hf_config({k: v for k, v in GRIN.items() if k not in optional})
-    assert (config.rope_theta, config.jitter_eps) == (1e6, 0.01)
+    assert (config.rope_theta, config.router) == (1e6, SparseMixerConfig(jitter_eps=0.01))
     assert not config.attention_bias and not config.head_bias
 
 
@@ -100,9 +105,15 @@ def test_absent_keys_mean_what_the_released_code_means():
     "changes",
     [
         {},
-        {"tie_embeddings": False, "sliding_window": 9, "head_dim": 20, "jitter_eps": 0.2},
+        {"tie_embeddings": False, "sliding_window": 9, "head_dim": 20, "router": NEAR},
         {"attention_bias": False, "head_bias": False},
         {"longrope": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}},
+        {"router": NEAR | {"estimator": "heun3", "expert_grad": "paper"}},
+        {"router": {"kind": "sigmoid", "scale": 2.5}, "top_k": 3, "d_shared": 24},
+        {"router": {"kind": "topk", "normalise": False, "input_jitter": 0.1}, "top_k": 1},
+        {"router": NEAR | {"jitter_eps": None}},
+        {"router": {"kind": "sparsemixer", "estimator": "v2star"}},
+        {"norm": "rms", "partial_rotary": 0.5, "longrope": LONGROPE_HALF},
     ],
 )
 def test_hf_config_round_trip(changes: dict[str, Any]):
@@ -117,6 +128,8 @@ def test_hf_config_round_trip(changes: dict[str, Any]):
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"router_jitter_niose": 0.1}, "nearest is router_jitter_noise"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "rotates all"),
+        ({"rope_scaling": SCALING}, "short_mscale"),
     ],
 )
 def test_what_we_do_not_run_is_refused(changes: dict[str, Any], message: str):
@@ -127,15 +140,35 @@ def test_what_we_do_not_run_is_refused(changes: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"partial_rotary": 0.5}, "rotates all"),
-        ({"longrope": LONGROPE}, "short_mscale"),
         ({"num_experts": 1}, "num_experts"),
-        ({"top_k": 3}, "top_k"),
+        ({"top_k": 4}, "top_k is 4, of 3 experts"),
+        ({"top_k": 1, "router": {"kind": "topk"}}, "teaches the router nothing"),
+        ({"router": {"kind": "sparsmixer"}}, "kind"),
+        ({"router": NEAR | {"estimator": "heun"}}, "estimator"),
     ],
 )
-def test_what_no_checkpoint_could_say_is_refused(changes: dict[str, Any], message: str):
+def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         MoEConfig.resolve(TINY | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_phimoe"),
+    [
+        ({}, True),
+        ({"router": NEAR | {"estimator": "euler"}}, True),
+        ({"router": {"kind": "sampled_gate"}}, False),
+        ({"router": {"kind": "sparsemixer", "estimator": "v2star"}}, False),
+        ({"top_k": 3}, False),
+        ({"d_shared": 8}, False),
+        ({"norm": "rms"}, False),
+        ({"longrope": LONGROPE}, False),
+    ],
+)
+def test_only_what_transformers_computes_bears_its_name(changes: dict[str, Any], is_phimoe: bool):
+    values = to_hf_config(MoEConfig.resolve(TINY | changes))
+    assert (values["model_type"] == "phimoe") == is_phimoe
+    assert (values["architectures"] == ["PhimoeForCausalLM"]) == is_phimoe
 
 
 def test_key_map():

@@ -8,15 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phikit.nn.mlp import SwiGLU
-from phikit.nn.moe import (
-    Experts,
-    MoE,
+from phikit.nn.moe.block import MoE
+from phikit.nn.moe.estimator import sparse_mixer
+from phikit.nn.moe.experts import Experts, can_group, grouped_product, looped_product
+from phikit.nn.moe.router import (
+    RouterStats,
     Routing,
+    SparseMixerConfig,
     SparseMixerRouter,
-    can_group,
-    grouped_product,
-    looped_product,
-    sparse_mixer,
 )
 
 EXPERTS, WIDTH, HIDDEN = 6, 16, 12
@@ -36,7 +35,7 @@ def make_experts(d_model: int = WIDTH, d_mlp: int = HIDDEN, *, count: int = EXPE
 
 
 def make_router() -> SparseMixerRouter:
-    router = SparseMixerRouter(WIDTH, EXPERTS, num_choices=2, jitter_eps=0.1)
+    router = SparseMixerRouter(SparseMixerConfig(jitter_eps=0.1), WIDTH, EXPERTS, top_k=2)
     router.gate.weight.data = drawn(EXPERTS, WIDTH, seed=3)
     return router
 
@@ -76,23 +75,23 @@ def assignments(kind: str, tokens: int) -> Tensor:
     ],
 )
 def test_threshold(scores: list[float], gates: list[float], ids: list[int]):
-    found_gates, found_ids = sparse_mixer(torch.tensor([scores]), num_choices=2, jitter_eps=0.03)
-    assert found_ids.tolist() == [ids]
-    torch.testing.assert_close(found_gates, torch.tensor([gates]))
+    found = sparse_mixer(torch.tensor([scores]), num_choices=2, jitter_eps=0.03)
+    assert found.ids_TC.tolist() == [ids]
+    torch.testing.assert_close(found.gates_TC, torch.tensor([gates]))
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100))
 def test_the_rule_knows_no_scale(seed: int, scale: float):
     """A candidate stays one when all scores grow; the gates of lone candidates stay exactly 1."""
     scores = drawn(5, EXPERTS, seed=seed).double()
-    gates, ids = sparse_mixer(scores, num_choices=2, jitter_eps=0.05)
-    scaled_gates, scaled_ids = sparse_mixer(scores * scale, num_choices=2, jitter_eps=0.05)
+    gates, ids, *_ = sparse_mixer(scores, num_choices=2, jitter_eps=0.05)
+    scaled_gates, scaled_ids, *_ = sparse_mixer(scores * scale, num_choices=2, jitter_eps=0.05)
     assert torch.equal(ids, scaled_ids)
     assert torch.equal(gates == 1, scaled_gates == 1)
 
 
 def test_gates_are_not_normalised_and_mostly_one():
-    gates, ids = sparse_mixer(drawn(2000, 16), num_choices=2, jitter_eps=0.01)
+    gates, ids, *_ = sparse_mixer(drawn(2000, 16), num_choices=2, jitter_eps=0.01)
     assert float((gates == 1).float().mean()) == pytest.approx(0.95, abs=0.02)
     assert torch.equal(ids, drawn(2000, 16).topk(2).indices)
 
@@ -100,7 +99,7 @@ def test_gates_are_not_normalised_and_mostly_one():
 def test_gradient_of_the_gates():
     """Softmax over the candidates: zero in sum, zero elsewhere, zero for a lone candidate."""
     scores = torch.tensor([[10.0, 9.5, 3.0, -1.0]], requires_grad=True)
-    gates, _ = sparse_mixer(scores, num_choices=2, jitter_eps=0.03)
+    gates, *_ = sparse_mixer(scores, num_choices=2, jitter_eps=0.03)
     [gradient] = torch.autograd.grad(gates.sum(), scores)
     slope = SHARE * (1 - SHARE)
     torch.testing.assert_close(gradient, torch.tensor([[slope, -slope, 0.0, 0.0]]))
@@ -109,8 +108,8 @@ def test_gradient_of_the_gates():
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_every_token_is_assigned(tokens: int):
     routing: Routing = make_router()(drawn(tokens, WIDTH))
-    assert routing.load_E().shape == (EXPERTS,)
-    assert int(routing.load_E().sum()) == 2 * tokens
+    assert routing.stats.load_E().shape == (EXPERTS,)
+    assert int(routing.stats.load_E().sum()) == 2 * tokens
     assert (routing.ids_TC[:, 0] != routing.ids_TC[:, 1]).all()
 
 
@@ -173,7 +172,7 @@ def test_autocast():
     experts, x = make_experts(), drawn(9, WIDTH)
     ids, gates = assignments("anywhere", 9), drawn(9, 2, seed=8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert experts.gate_up_proj(x, torch.tensor([9] * EXPERTS)).dtype == torch.bfloat16
+        assert experts.gate_up_proj(x, torch.tensor([9] * EXPERTS).int()).dtype == torch.bfloat16
         y = experts(x, ids, gates)
     torch.testing.assert_close(y.float(), experts(x, ids, gates), atol=0.05, rtol=0.02)
 
@@ -186,7 +185,7 @@ def test_one_expert_is_a_dense_block(tokens: int):
     experts, dense = make_experts(count=1), SwiGLU(WIDTH, HIDDEN)
     dense.gate_up_proj.weight.data = experts.gate_up_proj.weight[0].detach()
     dense.down_proj.weight.data = experts.down_proj.weight[0].detach()
-    moe = MoE(SparseMixerRouter(WIDTH, 1, num_choices=1, jitter_eps=0.01), experts)
+    moe = MoE(SparseMixerRouter(SparseMixerConfig(), WIDTH, 1, top_k=1), experts)
     x = drawn(1, tokens, WIDTH)
     torch.testing.assert_close(moe(x), dense(x), atol=1e-6, rtol=0)
 
@@ -203,8 +202,12 @@ def test_a_router_is_all_that_differs():
 
     class ToTheFirst(torch.nn.Module):
         def forward(self, x_TD: Tensor) -> Routing:
-            ids = torch.zeros(len(x_TD), 1, dtype=torch.long)
-            return Routing(torch.full((len(x_TD), 1), 0.5), ids, torch.zeros(len(x_TD), EXPERTS))
+            ids, gates = (
+                torch.zeros(len(x_TD), 1, dtype=torch.long),
+                torch.full((len(x_TD), 1), 0.5),
+            )
+            scores = torch.zeros(len(x_TD), EXPERTS)
+            return Routing(gates, ids, RouterStats(scores, gates, ids, torch.sigmoid))
 
     experts, x = make_experts(), drawn(1, 6, WIDTH)
     ids = torch.zeros(6, 1, dtype=torch.long)
