@@ -127,6 +127,7 @@ def run_all(folder: Path, rank: Rank) -> None:
     alone = None
     if rank.size > 1:
         alone, _ = dist.new_subgroups(group_size=1)
+        assert isinstance(alone, dist.ProcessGroup)
     draws = {"data": choices(None), "tensor": choices(alone)}
     save_file(draws, folder / f"draws-{rank.index}.safetensors")
     save_file({"y": tensor_parallel(rank)}, folder / f"parts-{rank.index}.safetensors")

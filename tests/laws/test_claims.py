@@ -199,6 +199,7 @@ def test_a_plan_from_tuning_to_its_page(lab: Lab, tmp_path: Path):
         assert all(len(runs) == 2 for runs in found.runs.values())
         moe_runs = found.runs["moe"]
         named = {"dense": found.runs["dense"], "top-k": moe_runs, "v2": moe_runs}
+        assert c3.judge is not None
         return c3.judge(found._replace(runs=named))
 
     record = settle(c3._replace(plan=plan, judge=judge), lab)

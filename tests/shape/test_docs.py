@@ -14,7 +14,7 @@ from phikit.cli.app import app
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
 ]
 FROM_CODE = ("recipes", "commands", "settings", "families", "checkpoints", "limits")
 """Generated parts that need no measurement, or one that lies in docs/results/."""

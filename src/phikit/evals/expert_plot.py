@@ -69,7 +69,7 @@ def kinds_svg(stage: Stage, *, colour: int, beside: Stage | None) -> str | None:
         shade = palette.series[1 + colour % (len(palette.series) - 1)]
         if other is not None and beside is not None:
             dots = dict(zip(other.kinds, other.losses, strict=True))
-            values = [dots.get(kind) for kind in experts.kinds]
+            values = [dots.get(kind, float("nan")) for kind in experts.kinds]
             name = f"{beside.name} ({other.loss:.3f} in all)"
             axes.plot(values, places, "o", color=palette.muted, label=name)
         name = f"{stage.name} ({experts.loss:.3f} in all)"

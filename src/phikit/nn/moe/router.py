@@ -252,7 +252,8 @@ class SparseMixerRouter(Router):
         self.jitter_eps = config.jitter_eps
         if isinstance(config, SampledGateConfig):
             config = SparseMixerConfig(jitter_eps=config.jitter_eps, estimator="euler")
-        self.rule, self.expert_grad = config.rule, config.expert_grad
+        self.rule = config.rule
+        self.expert_grad: Literal["code", "paper"] = config.expert_grad
 
     def route(self, scores_TE: Tensor, *, draws: Draws | None, is_learning: bool) -> Routing:
         gates_TC, ids_TC, shares, expert_scale_TC = sparse_mixer(
