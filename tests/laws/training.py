@@ -21,6 +21,7 @@ from phikit.base.types import Example
 from phikit.chat.render import NANO_SPECIALS, PhiRenderer, Renderer
 from phikit.chat.tokenizer import train_tokenizer
 from phikit.data.problem import Problem, Provenance
+from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig, DenseModel
 from phikit.solve.solver import Reply
 from phikit.train.dpo import DPOConfig, DPOObjective, add_reference
@@ -141,7 +142,7 @@ def start_run(folder: Path) -> Path:
 
 def train_in(
     folder: Path,
-    model: DenseModel,
+    model: Decoder,
     objective: Objective,
     *,
     optim: OptimConfig,
