@@ -16,6 +16,7 @@ from phikit.chat.render import renderer_for
 from phikit.generate.engine import Engine
 from phikit.generate.language_model import of
 from phikit.generate.request import Request
+from phikit.generate.speculate import DraftModel, PromptLookup
 from phikit.models.decoder import Decoder
 from phikit.models.moe import MoEConfig, MoEModel
 from phikit.models.phi import PhiConfig, PhiModel
@@ -140,6 +141,20 @@ def test_replies_to_text_beside_media_are_the_backbones(tiny_model):
     found, expected = ask(model, batch.media), ask(bare, [None] * len(batch.media))
     for row in range(len(batch.media)):
         assert (found[row] == expected[row]) == (row in batch.text)
+
+
+def test_placeholders_disturb_neither_drafts_nor_penalties(tiny_model):
+    """Their ids lie beyond the vocabulary, of the logits and of a draft model."""
+    model = taught(tiny_model())
+    batch = mixed(model)
+    asked = [
+        Request(row.tolist(), 9, temperature=0.0, repetition_penalty=1.3, media=media)
+        for row, media in zip(batch.tokens_BT, batch.media, strict=True)
+    ]
+    expected = [c.tokens for [c] in Engine(model).generate(asked)]
+    for drafter in (PromptLookup(shortest=1), DraftModel(tiny_model(seed=3))):
+        found = [c.tokens for [c] in Engine(model, drafter=drafter).generate(asked)]
+        assert found == expected
 
 
 @torch.no_grad()
