@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from phikit.base.media import Media
+
 IGNORE = -100  # a target that carries no loss; torch's cross entropy uses the same number
 
 
@@ -21,10 +23,13 @@ class Example:
     Attributes:
         tokens: int32 [T].
         loss_mask: bool [T]; True where the token is a target, to be predicted from those before.
+            Never at a placeholder: what stands there is seen or heard, not said.
+        media: what the placeholders among the tokens stand for.
     """
 
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    media: Media | None = None
 
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.loss_mask.shape, (self.tokens.shape, self.loss_mask.shape)
@@ -44,6 +49,7 @@ class Batch(NamedTuple):
             packed.
         num_tokens: tokens in the batch, padding left out.
         extras: what an objective adds, by name (advantages, reference log-probabilities, ...).
+        media: of each row, which decides the adapter it runs on; None is a batch of text.
     """
 
     tokens_BT: Tensor
@@ -52,6 +58,7 @@ class Batch(NamedTuple):
     documents_BT: Tensor | None
     num_tokens: int
     extras: dict[str, Tensor]
+    media: tuple[Media | None, ...] | None = None
 
     @property
     def is_text_BT(self) -> Tensor:

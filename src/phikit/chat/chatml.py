@@ -10,7 +10,7 @@ microsoft/Phi-4-reasoning.
 from collections.abc import Sequence
 
 from phikit.base.errors import ChatError
-from phikit.chat.media import MediaTokens
+from phikit.base.media import MediaTokens
 from phikit.chat.message import Message
 from phikit.chat.tokenizer import Tokenizer
 from phikit.chat.turns import THINKING_TEMPLATE, Turn, TurnRenderer
@@ -41,12 +41,15 @@ class ChatMLRenderer(TurnRenderer):
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
         if self.default_system is not None and messages[0].role != "system":
             messages = [Message("system", self.default_system), *messages]
-        return [
-            self._answer(message, after="\n")
-            if message.role == "assistant"
-            else self._framed(self._start, f"{message.role}\n{message.content}", self._end, "\n")
-            for message in messages
-        ]
+        questions = self._questions(messages, media)
+        turns = []
+        for message in messages:
+            if message.role == "assistant":
+                turns.append(self._answer(message, after="\n"))
+                continue
+            parts = next(questions) if message.role == "user" else [message.content]
+            turns.append(self._framed(self._start, f"{message.role}\n", *parts, self._end, "\n"))
+        return turns
 
 
 class Phi4Renderer(TurnRenderer):
@@ -73,14 +76,17 @@ class Phi4Renderer(TurnRenderer):
         if self.opening is not None:
             text = self._tokenizer.mark(self.opening)
             turns.append(self._framed(self._start, "system", self._separator, *text, self._end))
+        questions = self._questions(messages, media)
         for message in messages:
             if message.role == "assistant":
                 turns.append(self._answer(message))
             elif message.role == "tool":
                 raise ChatError(f"{self.name} has no tool turns", fix="let the user say it")
             elif message.role == "user" or self.opening is None:
-                parts = [self._start, message.role, self._separator, message.content, self._end]
-                turns.append(self._framed(*parts))
+                parts = next(questions) if message.role == "user" else [message.content]
+                turns.append(
+                    self._framed(self._start, message.role, self._separator, *parts, self._end)
+                )
             elif message.content.strip() != self.opening.strip():
                 raise ChatError(
                     f"{self.name} always opens with its own system text and has no other",

@@ -10,46 +10,47 @@ another one's place.
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from phikit.base.errors import ChatError
+from phikit.base.media import MediaTokens
 from phikit.chat.tokenizer import Part
 
-_PLACEHOLDER = re.compile(r"<\|(image|audio)_([0-9]{1,4})\|>")
-
-
-class MediaTokens(NamedTuple):
-    """How many tokens stand for each image and for each audio clip, the first one numbered 1."""
-
-    images: Sequence[int] = ()
-    audios: Sequence[int] = ()
+_PLACEHOLDER = re.compile(r"<\|([a-z][a-z0-9]*)_([0-9]{1,4})\|>")
 
 
 def expand_placeholders(
-    texts: Sequence[str], media: MediaTokens, *, image_id: int, audio_id: int
+    texts: Sequence[str], media: MediaTokens, *, ids: Mapping[str, int]
 ) -> list[list[Part]]:
     """Each text cut at its placeholders, with runs of ids in their place.
 
+    A word that `media` knows nothing of is no placeholder and stays text.
+
     Raises:
         ChatError: the placeholders are not numbered 1, 2, ... in order, or their number is not
-            that of the media.
+            that of the media, or a kind of media has no token.
     """
-    counts = {"image": list(media.images), "audio": list(media.audios)}
-    ids = {"image": image_id, "audio": audio_id}
-    seen = {"image": 0, "audio": 0}
+    counts = media.counts
+    seen = dict.fromkeys(counts, 0)
     expanded: list[list[Part]] = []
     for text in texts:
         parts: list[Part] = []
         end = 0
         for match in _PLACEHOLDER.finditer(text):
             kind, number = match[1], int(match[2])
+            if kind not in counts:
+                continue
             seen[kind] += 1
             if number != seen[kind] or number > len(counts[kind]):
                 raise ChatError(
                     f"{match[0]} stands where <|{kind}_{seen[kind]}|> should, "
                     f"of {len(counts[kind])} in all",
                     fix=f"number the {kind} placeholders 1, 2, ... in the order they stand in",
+                )
+            if kind not in ids:
+                raise ChatError(
+                    f"the model has no token for media of kind {kind}",
+                    fix=f"it has {', '.join(ids)}",
                 )
             parts += [text[end : match.start()], *[ids[kind]] * counts[kind][number - 1]]
             end = match.end()

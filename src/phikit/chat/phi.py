@@ -12,10 +12,11 @@ Phi-3-small-8k-instruct, Phi-3.5-mini-instruct, Phi-4-mini-instruct and Phi-4-mi
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from phikit.base.errors import ChatError
-from phikit.chat.media import MediaTokens, expand_placeholders
+from phikit.base.media import MediaTokens
 from phikit.chat.message import Message
 from phikit.chat.tokenizer import Part, Tokenizer
 from phikit.chat.tools import tools_json
@@ -58,7 +59,7 @@ class PhiRenderer(TurnRenderer):
     """
 
     speaks_tools = True
-    speaks_media = True
+    media_names = MappingProxyType({"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN})
 
     def __init__(
         self, tokenizer: Tokenizer, *, name: str = "phi4-mini", identity: str | None = None
@@ -81,7 +82,7 @@ class PhiRenderer(TurnRenderer):
                     system += [" ", *self._system(message)]
             turns.append(self._framed(*system, self._end))
             messages = [message for message in messages if message.role != "system"]
-        questions = iter(self._questions(messages, media))
+        questions = self._questions(messages, media)
         for message in messages:
             if message.role == "assistant":
                 turns.append(self._answer(message))
@@ -100,16 +101,6 @@ class PhiRenderer(TurnRenderer):
         special = self._tokenizer.special
         tools = tools_json(message.tools)
         return [message.content, special("<|tool|>"), tools, special("<|/tool|>")]
-
-    def _questions(
-        self, messages: Sequence[Message], media: MediaTokens | None
-    ) -> list[list[Part]]:
-        """The users' texts, with the tokens of their media in place."""
-        texts = [message.content for message in messages if message.role == "user"]
-        if media is None:
-            return [[text] for text in texts]
-        image_id, audio_id = map(self._tokenizer.special, (IMAGE_TOKEN, AUDIO_TOKEN))
-        return expand_placeholders(texts, media, image_id=image_id, audio_id=audio_id)
 
 
 class Phi3Renderer(TurnRenderer):
@@ -138,6 +129,7 @@ class Phi3Renderer(TurnRenderer):
 
     def _turns(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
         turns = [] if self.begins is None else [Turn([self._tokenizer.special(self.begins)])]
+        questions = self._questions(messages, media)
         for message in messages:
             if message.role == "assistant":
                 turns.append(self._answer(message, after="\n"))
@@ -145,7 +137,8 @@ class Phi3Renderer(TurnRenderer):
                 raise ChatError(f"{self.name} has no tool turns", fix="let the user say it")
             elif message.role == "user" or self._has_turn(message):
                 role = self._tokenizer.special(f"<|{message.role}|>")
-                turns.append(self._framed(role, f"\n{message.content}", self._end, "\n"))
+                parts = next(questions) if message.role == "user" else [message.content]
+                turns.append(self._framed(role, "\n", *parts, self._end, "\n"))
         return turns
 
     def _has_turn(self, message: Message) -> bool:

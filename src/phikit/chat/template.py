@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from phikit.base.errors import ChatError
-from phikit.chat.media import MediaTokens
+from phikit.base.media import MediaTokens
 from phikit.chat.message import Message
 from phikit.chat.template_process import TemplateProcess, variables
 from phikit.chat.tokenizer import Part, Tokenizer
@@ -53,6 +53,7 @@ class TemplateRenderer(TurnRenderer):
     """
 
     name = "template"
+    takes_media = False
 
     def __init__(
         self, tokenizer: Tokenizer, template: str, *, bos_token: str = "", eos_token: str = ""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phikit.base.errors import ChatError
+from phikit.base.media import MediaTokens
 from phikit.base.types import Example
-from phikit.chat.media import MediaTokens
 from phikit.chat.message import Message
 from phikit.chat.tokenizer import Tokenizer
 from phikit.chat.turns import END_OF_TEXT

@@ -12,14 +12,16 @@ Thinking stands between `<think>` and `</think>`: special tokens where the token
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from phikit.base.errors import ChatError
+from phikit.base.media import MediaTokens
 from phikit.base.types import Example
-from phikit.chat.media import MediaTokens
+from phikit.chat.media import expand_placeholders
 from phikit.chat.message import Message
 from phikit.chat.tokenizer import Part, Tokenizer
 from phikit.chat.tools import MAX_CALLS, ToolCall, calls_json, read_calls
@@ -100,7 +102,9 @@ class TurnRenderer(ABC):
     name: str
     template: str
     speaks_tools = False
-    speaks_media = False
+    takes_media = True
+    media_names: Mapping[str, str] = MappingProxyType({})
+    """The special token of each kind of media that the chat format itself has one for."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, opens: Sequence[Part], end: str, stops: Sequence[str] = ()
@@ -201,6 +205,17 @@ class TurnRenderer(ABC):
             ids += [call, *encode(calls_json(message.tool_calls)), end_call]
         return [*ids, self._end]
 
+    def _questions(
+        self, messages: Sequence[Message], media: MediaTokens | None
+    ) -> Iterator[list[Part]]:
+        """The users' texts, with the tokens of their media in place."""
+        texts = [message.content for message in messages if message.role == "user"]
+        if media is None:
+            return ([text] for text in texts)
+        special = self._tokenizer.special
+        ids = media.ids or {kind: special(name) for kind, name in self.media_names.items()}
+        return iter(expand_placeholders(texts, media, ids=ids))
+
     def _asked(self, messages: Sequence[Message], media: MediaTokens | None) -> list[Turn]:
         """The turns and the generation prompt."""
         return [*self._turns(messages, media), self._framed(*self._opens)]
@@ -218,7 +233,8 @@ class TurnRenderer(ABC):
     def _check(self, messages: Sequence[Message], media: MediaTokens | None) -> None:
         if not messages:
             raise ChatError("the conversation is empty", fix="give at least one message")
-        if media is not None and not self.speaks_media:
+        has_tokens = bool(self.media_names) or (media is not None and media.ids is not None)
+        if media is not None and not (self.takes_media and has_tokens):
             raise ChatError(f"{self.name} has no tokens for images or audio")
         for message in messages:
             role = message.role

@@ -3,7 +3,8 @@
 Packing is best-fit decreasing (Ding et al., 2024, arXiv 2404.10830): the longest first, each
 into the fullest row it fits. Documents in a row never see each other: every row carries document
 numbers for the attention mask, positions start anew, and the first token of a document is never a
-target, since nothing inside its document precedes it.
+target, since nothing inside its document precedes it. What a row contains decides the adapter it
+runs on, so only documents with media of the same modalities share a row.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,26 @@ import numpy as np
 import torch
 
 from phikit.base.errors import DataError
+from phikit.base.media import joined
 from phikit.base.types import IGNORE, Batch, Example
 
 
 def split_long(examples: Sequence[Example], length: int) -> list[Example]:
-    """Cut examples longer than `length` tokens into pieces; nothing is dropped."""
-    return [
-        Example(tokens=example.tokens[i : i + length], loss_mask=example.loss_mask[i : i + length])
-        for example in examples
-        for i in range(0, len(example), length)
-    ]
+    """Cut examples longer than `length` tokens into pieces; nothing is dropped.
+
+    Raises DataError for one with media, whose placeholders a cut could separate from it.
+    """
+    pieces: list[Example] = []
+    for number, example in enumerate(examples):
+        if example.media is not None and len(example) > length:
+            raise DataError(
+                f"example {number} has media and {len(example)} tokens; a row holds {length}",
+                fix="raise the row length, or drop examples that long",
+            )
+        for i in range(0, len(example), length):
+            tokens, mask = example.tokens[i : i + length], example.loss_mask[i : i + length]
+            pieces.append(Example(tokens, mask, example.media))
+    return pieces
 
 
 def pack(examples: Sequence[Example], *, length: int) -> list[list[Example]]:
@@ -30,6 +41,15 @@ def pack(examples: Sequence[Example], *, length: int) -> list[list[Example]]:
     Raises DataError for an example longer than a row: cut it first with `split_long`, or allow
     longer rows.
     """
+    alike: dict[tuple[str, ...], list[Example]] = {}
+    for example in examples:
+        modalities = tuple(example.media.items) if example.media else ()
+        alike.setdefault(modalities, []).append(example)
+    return [row for group in alike.values() for row in _pack(group, length)]
+
+
+def _pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Best-fit decreasing, of examples that may share rows."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     rows: list[list[Example]] = []
     rows_with_space: list[list[int]] = [[] for _ in range(length + 1)]
@@ -83,6 +103,7 @@ def batch_rows(rows: Sequence[Sequence[Example]], *, length: int | None = None) 
             documents[r, start:end] = number
             start = end
     packed = any(len(row) > 1 for row in rows)
+    media = tuple(joined(example.media for example in row) for row in rows)
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
         targets_BT=torch.from_numpy(targets),
@@ -90,4 +111,5 @@ def batch_rows(rows: Sequence[Sequence[Example]], *, length: int | None = None) 
         documents_BT=torch.from_numpy(documents) if packed else None,
         num_tokens=sum(len(example) for row in rows for example in row),
         extras={},
+        media=media if any(media) else None,
     )

@@ -58,7 +58,8 @@ def _draw_rows(model: Decoder, rows: list[tuple[Draw, int]], hidden_SD: Tensor) 
         penalty = sequence.request.repetition_penalty
         if penalty != 1.0:
             seen = {*sequence.tokens, *each.drafts[:place]}
-            ids = torch.tensor(list(seen), device=device)
+            said = [id_ for id_ in seen if id_ < logits_RV.shape[1]]  # placeholders may lie beyond
+            ids = torch.tensor(said, device=device)
             penalise(logits_RV, row=row, seen_ids=ids, penalty=penalty)
         if each.allowed_V is not None:
             logits_RV[row].masked_fill_(~each.allowed_V.to(device), float("-inf"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict, Unpack, get_args
 
 import torch
@@ -15,14 +16,12 @@ from pydantic import BaseModel
 
 from phikit.base.device import parse_dtype
 from phikit.base.errors import ChatError, ConfigError
-from phikit.chat.audio import load_audio
-from phikit.chat.image import load_image
+from phikit.base.media import SPEECH, VISION, Media, of_items, word_of
 from phikit.chat.message import Message, Role
 from phikit.generate.constrain import Grammars
 from phikit.generate.engine import Engine
 from phikit.generate.request import Constraint, FinishReason, Request
 from phikit.generate.stops import CLOSES, OPENS, StopStrings, cut, visible
-from phikit.models.multimodal import Media, MultimodalConfig
 from phikit.weights import hub
 from phikit.weights import load as weights
 from phikit.weights.load import Loaded
@@ -113,6 +112,7 @@ class LanguageModel(Loaded):
         *,
         images: Sequence[str | Path | bytes] = (),
         audio: Sequence[bytes | str | Path] = (),
+        others: Mapping[str, Sequence[Any]] = MappingProxyType({}),
         max_new_tokens: int | None = None,
         **options: Unpack[Options],
     ) -> Reply:
@@ -124,6 +124,7 @@ class LanguageModel(Loaded):
             images: files or their bytes; each stands where `<|image_1|>`, `<|image_2|>`, ... is in
                 the messages, or all at the start of the last one if no placeholder is anywhere.
             audio: the same for WAV, FLAC and OGG, with `<|audio_1|>`, ...
+            others: the same for further modalities, by name; a "sensor" has `<|sensor_1|>`, ...
             max_new_tokens: the reply ends there at the latest; None allows `NEW_TOKENS`, or what
                 the context leaves.
             options: see `Options`; `temperature` is 0 unless given.
@@ -136,7 +137,12 @@ class LanguageModel(Loaded):
             MissingExtraError: a schema or regex is given without the extra `structured`.
         """
         request = self.request(
-            prompt, images=images, audio=audio, max_new_tokens=max_new_tokens, **options
+            prompt,
+            images=images,
+            audio=audio,
+            others=others,
+            max_new_tokens=max_new_tokens,
+            **options,
         )
         return self.answer(request, is_chat=not isinstance(prompt, str))
 
@@ -146,6 +152,7 @@ class LanguageModel(Loaded):
         *,
         images: Sequence[str | Path | bytes] = (),
         audio: Sequence[bytes | str | Path] = (),
+        others: Mapping[str, Sequence[Any]] = MappingProxyType({}),
         max_new_tokens: int | None = None,
         **options: Unpack[Options],
     ) -> Iterator[str]:
@@ -156,7 +163,12 @@ class LanguageModel(Loaded):
         arguments is raised here, not by the first piece.
         """
         request = self.request(
-            prompt, images=images, audio=audio, max_new_tokens=max_new_tokens, **options
+            prompt,
+            images=images,
+            audio=audio,
+            others=others,
+            max_new_tokens=max_new_tokens,
+            **options,
         )
         return self.pieces(request, is_chat=not isinstance(prompt, str))
 
@@ -200,11 +212,12 @@ class LanguageModel(Loaded):
         *,
         images: Sequence[str | Path | bytes] = (),
         audio: Sequence[bytes | str | Path] = (),
+        others: Mapping[str, Sequence[Any]] = MappingProxyType({}),
         max_new_tokens: int | None = None,
         **options: Unpack[Options],
     ) -> Request:
         """The request that `generate` makes of its arguments."""
-        media = self._media(images, audio)
+        media = self._media(images, audio, others)
         if isinstance(prompt, str):
             if media is not None:
                 raise ChatError(
@@ -216,7 +229,9 @@ class LanguageModel(Loaded):
             messages = [_message(turn) for turn in prompt]
             if media is not None:
                 messages = _with_placeholders(messages, media)
-            ids = self.renderer.prompt(messages, media=media and media.tokens)
+            ids = self.renderer.prompt(
+                messages, media=media and media.tokens._replace(ids=self.model.media_ids)
+            )
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self.config.max_context - len(ids)))
         may_think = self.renderer.thinks and not isinstance(prompt, str)
@@ -258,20 +273,32 @@ class LanguageModel(Loaded):
         return None
 
     def _media(
-        self, images: Sequence[str | Path | bytes], audio: Sequence[bytes | str | Path]
+        self,
+        images: Sequence[str | Path | bytes],
+        audio: Sequence[bytes | str | Path],
+        others: Mapping[str, Sequence[Any]],
     ) -> Media | None:
-        if not (images or audio):
+        if not (images or audio or any(others.values())):
             return None
-        if not isinstance(self.config, MultimodalConfig):
+        senses = self.model.senses
+        if not senses:
             raise ChatError(
                 "images or audio are given, and the model reads text only",
                 fix="load a multimodal model, such as microsoft/Phi-4-multimodal-instruct",
             )
-        vision = self.config.vision
-        sizes = {"crop_size": vision.crop_size, "patch_size": vision.patch_size}
-        return Media(
-            tuple(load_image(image, **sizes) for image in images),
-            tuple(load_audio(Path(clip) if isinstance(clip, str) else clip) for clip in audio),
+        given = {VISION: images, SPEECH: audio, **others}
+        unknown = [name for name, sources in given.items() if sources and name not in senses]
+        if unknown:
+            raise ChatError(
+                f"there are items of the modality {unknown[0]!r}, which the model has not",
+                fix=f"it has {', '.join(senses)}",
+            )
+        return of_items(
+            {
+                name: tuple(senses[name].config.prepare(source) for source in sources)
+                for name, sources in given.items()
+                if sources
+            }
         )
 
 
@@ -308,12 +335,12 @@ def of(loaded: Loaded) -> LanguageModel:
 
 def _with_placeholders(messages: Sequence[Message], media: Media) -> list[Message]:
     """The messages, with placeholders before the last one's text if there are none at all."""
-    if any("<|image_1|>" in m.content or "<|audio_1|>" in m.content for m in messages):
+    words = {word_of(name): len(items) for name, items in media.items.items()}
+    if any(f"<|{word}_1|>" in message.content for message in messages for word in words):
         return list(messages)
-    images = (f"<|image_{number}|>" for number in range(1, len(media.images) + 1))
-    clips = (f"<|audio_{number}|>" for number in range(1, len(media.clips) + 1))
+    marks = "".join(f"<|{word}_{n}|>" for word, count in words.items() for n in range(1, count + 1))
     *before, last = messages
-    return [*before, replace(last, content="".join((*images, *clips, last.content)))]
+    return [*before, replace(last, content=marks + last.content)]
 
 
 def _message(turn: Message | Mapping[str, Any]) -> Message:

@@ -9,7 +9,6 @@ from torch import Tensor
 from phikit.base.errors import ChatError
 from phikit.generate.request import Request
 from phikit.models.decoder import Decoder
-from phikit.models.multimodal import MultimodalModel
 from phikit.nn.lora import route_adapters, route_of
 
 
@@ -17,7 +16,7 @@ def check_media(model: Decoder, request: Request) -> None:
     """Raise ChatError if the media do not fit prompt or model, ConfigError for no such adapter."""
     if request.adapter is not None:
         route_of(model).check(request.adapter)
-    if isinstance(model, MultimodalModel):
+    if model.senses:
         model.check_media(request.prompt, request.media)
     elif request.media is not None:
         raise ChatError(
@@ -28,15 +27,12 @@ def check_media(model: Decoder, request: Request) -> None:
 
 def resolve_adapter(model: Decoder, request: Request) -> str | None:
     """The adapter of a request: the one it names, else what its media call for, else the chosen."""
-    wanted = None
-    if isinstance(model, MultimodalModel):
-        [wanted] = model.adapters_for([request.media])
+    [wanted] = model.adapters_for([request.media])
     return request.adapter or wanted or route_of(model).chosen
 
 
 def embed_prompt(model: Decoder, request: Request) -> Tensor:
     """What the model's first block is given for the prompt of a request with media, [T, D]."""
-    assert isinstance(model, MultimodalModel)
     tokens_BT = torch.tensor([list(request.prompt)], device=model.device)
     return model.embed(tokens_BT, media=[request.media])[0]
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from phikit.models.multimodal import Media
+from phikit.base.media import Media
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

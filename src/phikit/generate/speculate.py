@@ -113,7 +113,11 @@ class DraftModel:
         self._followed: dict[Sequence, _Followed] = {}
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
-        most = {sequence: min(ahead, self.max_drafts) for sequence, ahead in room.items()}
+        most = {
+            sequence: min(ahead, self.max_drafts)
+            for sequence, ahead in room.items()
+            if sequence.request.media is None  # which the small model does not perceive
+        }
         drafts: dict[Sequence, list[int]] = {s: [] for s in most if self._follow(s, most[s])}
         for place in range(self.max_drafts):
             going = [sequence for sequence in drafts if place < most[sequence]]

@@ -2,10 +2,11 @@
 
 A family brings its config and its block; the walk through them, the head and the first draw of the
 weights are here. The trunk's names (`model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`)
-are those of Hugging Face checkpoints.
+are those of Hugging Face checkpoints. Any decoder may be taught to perceive more than text
+(`models.modality`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
@@ -13,8 +14,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.config import Config
+from phikit.base.media import Media, word_of
+from phikit.models.modality import Modality, adapters_for, check_counts, overwrite_media
 from phikit.nn.attention import Attend, AttentionShape, CausalAttention
 from phikit.nn.linear import Linear
+from phikit.nn.lora import route_adapters
 from phikit.nn.quantised import QuantConfig
 from phikit.nn.rope import LongRope, RopeTables, rope_tables
 
@@ -100,12 +104,25 @@ class Decoder(nn.Module):
         """How the weights are quantised; None where all are numbers in floating point."""
         self.model = Trunk(config, blocks, norm)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=head_bias)
+        self.modalities = nn.ModuleDict()
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """What the first block is given, [B, T, D]."""
+    @property
+    def senses(self) -> dict[str, Modality]:
+        """What the model perceives beside text, by name; empty for a text model."""
+        return dict(self.modalities.items())  # pyright: ignore[reportReturnType]
+
+    def embed_text(self, tokens_BT: Tensor) -> Tensor:
+        """The embeddings of tokens, [B, T, D]; of placeholders something to be overwritten."""
+        if self.modalities:  # their placeholders lie beyond the table
+            tokens_BT = tokens_BT.clamp(max=self.config.vocab_size - 1)
         return self.model.embed_tokens(tokens_BT).to(self.dtype)
+
+    def embed(self, tokens_BT: Tensor, *, media: Sequence[Media | None] | None = None) -> Tensor:
+        """What the first block is given, [B, T, D]; arguments and errors as in `hidden`."""
+        x_BTD = self.embed_text(tokens_BT)
+        return x_BTD if media is None else overwrite_media(x_BTD, tokens_BT, self.senses, media)
 
     def hidden(
         self,
@@ -113,9 +130,45 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         attend: Attend | None = None,
+        media: Sequence[Media | None] | None = None,
     ) -> Tensor:
-        """Final normalised hidden states [B, T, D]; by default causal over whole rows."""
-        return self.run_blocks(self.embed(tokens_BT), positions_BT=positions_BT, attend=attend)
+        """Final normalised hidden states [B, T, D].
+
+        Args:
+            tokens_BT: with a placeholder at every position that stands for media.
+            positions_BT: 0, 1, 2, ... where None.
+            attend: causal over whole rows where None.
+            media: what each row's placeholders stand for, which decides the row's adapter; None is
+                a batch of text, which runs on the chosen adapter (`nn.lora.choose_adapter`), by
+                default on the bare base.
+
+        Raises:
+            ChatError: a row's placeholders are more or fewer than its media take, or it holds media
+                that the model does not perceive.
+        """
+        x_BTD = self.embed(tokens_BT, media=media)
+        if media is None:
+            return self.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
+        with route_adapters(self, self.adapters_for(media)):
+            return self.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
+
+    def adapters_for(self, media: Sequence[Media | None]) -> list[str | None]:
+        """The adapter of each row by its media; None is the one chosen for text.
+
+        An adapter that the model has not got, or no longer has, is None as well.
+        """
+        return adapters_for(self, self.senses, media)
+
+    def check_media(self, tokens: Sequence[int], media: Media | None) -> None:
+        """Raise ChatError if a prompt's placeholders are more or fewer than its media take."""
+        tokens, senses = list(tokens), self.senses
+        found = [tokens.count(sense.token) for sense in senses.values()]
+        check_counts(found, senses, media, where="the prompt")
+
+    @property
+    def media_ids(self) -> dict[str, int]:
+        """The placeholder token of each kind of media, by the word in placeholders."""
+        return {word_of(name): sense.token for name, sense in self.senses.items()}
 
     def run_blocks(
         self,
@@ -178,8 +231,14 @@ class Decoder(nn.Module):
         """The head on hidden states, [..., V]."""
         return self.lm_head(hidden_BTD)
 
-    def forward(self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None) -> Tensor:
-        return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT))
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        media: Sequence[Media | None] | None = None,
+    ) -> Tensor:
+        return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, media=media))
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:

@@ -1,17 +1,9 @@
 """Phi-4-multimodal: the dense decoder of Phi-4-mini, two encoders, and a Mixture-of-LoRAs.
 
-A prompt holds a run of placeholders for every image and every clip; their embeddings are
-overwritten by what the encoders make of the media. What a row contains decides how it runs:
-
-    row               adapter    projector of its clips
-    text              none       -
-    images            vision     -
-    clips             speech     speech
-    images and clips  vision     vision
-
-There is no learnt router, and the decision is made for every row, so one batch may mix all four;
-text rows are the base model bit for bit. (Microsoft's code decides for the batch as a whole, the
-one in transformers leaves the adapter to its caller.)
+How it perceives is `models.modality`: placeholders whose embeddings are overwritten, and for every
+row the adapter and the projectors that its contents call for. There is no learnt router, one batch
+may mix all kinds of rows, and text rows are the base model bit for bit. (Microsoft's code decides
+for the batch as a whole, the one in transformers leaves the adapter to its caller.)
 
 Parameters are named as in `Phi4MultimodalForCausalLM` of transformers, with the two encoders moved
 to the top; the adapters lie in folders of their own. `phikit.weights.multimodal` reads Microsoft's
@@ -20,63 +12,25 @@ older layout under these names.
 Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, Final, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from pydantic import NonNegativeInt, model_validator
 
-from phikit.base.config import Config
-from phikit.base.errors import ChatError, ConfigError
-from phikit.chat.audio import AudioClip
-from phikit.chat.image import ImageCrops
-from phikit.chat.media import MediaTokens
+from phikit.base.errors import ConfigError
+from phikit.base.media import SPEECH, VISION
+from phikit.base.media import Media as Media
 from phikit.models import dense
 from phikit.models.dense import DenseConfig, DenseModel
 from phikit.models.hf import check_keys
-from phikit.nn.attention import Attend
-from phikit.nn.lora import add_adapters, route_adapters, route_of
-from phikit.nn.speech import FRAMES_PER_TOKEN, AudioEmbedder, SpeechConfig
-from phikit.nn.vision import ImageEmbedder, VisionConfig
+from phikit.models.modality import LoraShape, Modality
+from phikit.models.senses import Hearing, Sight, SpeechModality, VisionModality
+from phikit.nn.lora import add_adapters
+from phikit.nn.speech import FRAMES_PER_TOKEN, SpeechConfig
+from phikit.nn.vision import VisionConfig
 
-VISION: Final = "vision"
-SPEECH: Final = "speech"
-"""The adapters, and the projectors of clips."""
 LORA_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Media:
-    """The images and the clips of one prompt, each in order of appearance."""
-
-    images: tuple[ImageCrops, ...] = ()
-    clips: tuple[AudioClip, ...] = ()
-
-    @property
-    def tokens(self) -> MediaTokens:
-        """How many placeholders stand for each of them."""
-        return MediaTokens(
-            [image.num_tokens for image in self.images], [clip.num_tokens for clip in self.clips]
-        )
-
-    def digest(self) -> bytes:
-        """Equal for equal media alone."""
-        digest = blake2b(digest_size=16)
-        arrays = [part for image in self.images for part in (image.pixels_MCHW, image.mask_MPP)]
-        for array in (*arrays, *(clip.features_TF for clip in self.clips)):
-            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-        return digest.digest()
-
-
-class LoraShape(Config):
-    """Size of one adapter; its update is scaled by alpha / rank."""
-
-    rank: PositiveInt
-    alpha: PositiveFloat
 
 
 class MultimodalConfig(DenseConfig):
@@ -119,95 +73,16 @@ class MultimodalModel(DenseModel):
         super().__init__(config)
         for name, shape in config.adapters.items():
             add_adapters(self, name=name, targets=LORA_TARGETS, rank=shape.rank, alpha=shape.alpha)
-        self.image_embed = ImageEmbedder(config.vision, config.d_model)
-        self.audio_embed = AudioEmbedder(config.speech, config.d_model)
+        vision = VisionModality(encoder=config.vision)
+        speech = SpeechModality(encoder=config.speech)
+        self.image_embed = Sight(config.vision, config.d_model)
+        self.image_embed.known_by(vision, token=config.image_token)
+        self.audio_embed = Hearing(config.speech, config.d_model)
+        self.audio_embed.known_by(speech, token=config.audio_token)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        media: Sequence[Media | None] | None = None,
-    ) -> Tensor:
-        return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, media=media))
-
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        attend: Attend | None = None,
-        media: Sequence[Media | None] | None = None,
-    ) -> Tensor:
-        """Final normalised hidden states [B, T, D].
-
-        Args:
-            tokens_BT: with a placeholder at every position that stands for media.
-            positions_BT: 0, 1, 2, ... where None.
-            attend: causal over whole rows where None.
-            media: what each row's placeholders stand for; None is a batch of text, which runs on
-                the chosen adapter (`nn.lora.choose_adapter`), by default on the bare base.
-
-        Raises:
-            ChatError: a row's placeholders are more or fewer than its media take.
-        """
-        x_BTD = self.embed(tokens_BT, media=media)
-        if media is None:
-            return self.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
-        with route_adapters(self, self.adapters_for(media)):
-            return self.run_blocks(x_BTD, positions_BT=positions_BT, attend=attend)
-
-    def adapters_for(self, media: Sequence[Media | None]) -> list[str | None]:
-        """The adapter of each row by its media; None is the one chosen for text.
-
-        An adapter that the model has not got, or no longer has, is None as well.
-        """
-        attached = route_of(self).names
-        wanted = [
-            VISION if row and row.images else SPEECH if row and row.clips else None for row in media
-        ]
-        return [name if name in attached else None for name in wanted]
-
-    def embed(self, tokens_BT: Tensor, *, media: Sequence[Media | None] | None = None) -> Tensor:
-        """What the first block is given, [B, T, D]; arguments and errors as in `hidden`."""
-        x_BTD = super().embed(tokens_BT)
-        if media is None:
-            return x_BTD
-        assert len(media) == len(tokens_BT), (len(media), len(tokens_BT))
-        images_BT = tokens_BT == self.config.image_token
-        audio_BT = tokens_BT == self.config.audio_token
-        counts_B2 = torch.stack([images_BT.sum(1), audio_BT.sum(1)], dim=1).tolist()
-        for row, (found, of_row) in enumerate(zip(counts_B2, media, strict=True)):
-            _check_placeholders(found, of_row, where=f"row {row}")
-
-        images = [image for row in media if row for image in row.images]
-        x_BTD = _overwrite(x_BTD, images_BT, self.image_embed(images))
-        for mode in (SPEECH, VISION):
-            rows = [row if self._projector(row) == mode else None for row in media]
-            clips = [clip for row in rows if row for clip in row.clips]
-            is_here_B = torch.tensor([row is not None for row in rows], device=x_BTD.device)
-            x_BTD = _overwrite(x_BTD, audio_BT & is_here_B[:, None], self._hear(clips, mode))
-        return x_BTD
-
-    def _projector(self, media: Media | None) -> Literal["vision", "speech"]:
-        """The projector of a row's clips."""
-        return VISION if media and media.images else SPEECH
-
-    def _hear(self, clips: Sequence[AudioClip], mode: Literal["vision", "speech"]) -> list[Tensor]:
-        if not clips:
-            return []
-        device = self.device
-        features = [torch.as_tensor(clip.features_TF) for clip in clips]
-        lengths_B = torch.tensor([len(each) for each in features], device=device)
-        return self.audio_embed(
-            pad_sequence(features, batch_first=True).to(device), lengths_B, mode=mode
-        )
-
-    def check_media(self, tokens: Sequence[int], media: Media | None) -> None:
-        """Raise ChatError if a prompt's placeholders are more or fewer than its media take."""
-        tokens = list(tokens)
-        found = [tokens.count(self.config.image_token), tokens.count(self.config.audio_token)]
-        _check_placeholders(found, media, where="the prompt")
+    @property
+    def senses(self) -> dict[str, Modality]:
+        return {VISION: self.image_embed, SPEECH: self.audio_embed, **super().senses}
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
@@ -217,26 +92,6 @@ class MultimodalModel(DenseModel):
             if name.endswith((".b_DR", ".glu.b1", ".glu.b2", "feature_extensor")):
                 parameter.zero_()
         return self
-
-
-def _check_placeholders(found: Sequence[int], media: Media | None, *, where: str) -> None:
-    """`found` are the placeholders of images and of clips."""
-    needed = [sum(tokens) for tokens in (media or Media()).tokens]
-    if list(found) != needed:
-        raise ChatError(
-            f"{where} has {found[0]} image and {found[1]} audio placeholders; its media take "
-            f"{needed[0]} and {needed[1]}",
-            fix="write each image and clip as num_tokens placeholders, where it appears",
-        )
-
-
-def _overwrite(x_BTD: Tensor, where_BT: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """`x` with `vectors`, one after another, at the marked positions, row by row."""
-    if not vectors:
-        return x_BTD
-    return x_BTD.index_put(
-        where_BT.nonzero(as_tuple=True), torch.cat(list(vectors)).to(x_BTD.dtype)
-    )
 
 
 # --- Hugging Face configuration -----------------------------------------------------------------

@@ -112,8 +112,8 @@ class Phi3SmallModel(Decoder):
         blocks = (Block(config, layer) for layer in range(config.num_layers))
         super().__init__(config, blocks, nn.LayerNorm(config.d_model, eps=config.norm_eps))
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        return super().embed(tokens_BT) * self.config.embedding_multiplier
+    def embed_text(self, tokens_BT: Tensor) -> Tensor:
+        return super().embed_text(tokens_BT) * self.config.embedding_multiplier
 
     def run_blocks(
         self,

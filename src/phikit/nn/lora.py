@@ -6,8 +6,8 @@ checkpoint key and a model with adapters loads a checkpoint without them.
 Which adapter a row of the batch uses is data, not a property of the model (the Mixture-of-LoRAs of
 Phi-4-multimodal, arXiv 2503.01743, section 2.2.1): the linears of a model share one `AdapterRoute`,
 and `route_adapters` sets it for one forward pass. The base runs once for the whole batch and every
-adapter adds to its own rows alone, so a row without an adapter is what the base computes, bit for
-bit, whatever its neighbours do.
+adapter adds to its own rows alone, all adapters in one grouped product (`nn.low_rank`). So a row
+without an adapter is what the base computes, bit for bit, whatever its neighbours do.
 """
 
 import difflib
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError, WeightsError
 from phikit.nn.linear import Linear, product
+from phikit.nn.low_rank import Factors, grouped_update
 from phikit.nn.moe.experts import ExpertLinear, expert_product
 from phikit.nn.quantised import PackedWeight, QuantExpertLinear, QuantLinear
 
@@ -148,13 +149,22 @@ class AdaptedRows(Adapted):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        for name, rows in self.route.now():
-            if name not in self.adapters:
-                continue
-            adapter = self.adapters[name]
-            update = adapter(input if rows is None else input[rows])
+        parts = [part for part in self.route.now() if part.name in self.adapters]
+        if len(parts) > 1:
+            return y.index_add(0, *self._update(input, parts))
+        for name, rows in parts:
+            update = self.adapters[name](input if rows is None else input[rows])
             y = y + update if rows is None else y.index_add(0, rows, update)
         return y
+
+    def _update(self, input: Tensor, parts: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
+        """The rows of a batch that use several adapters, and their updates."""
+        rows = [part.rows for part in parts if part.rows is not None]
+        assert len(rows) == len(parts)  # one adapter for all rows leaves none for another
+        adapters = [self.adapters[part.name] for part in parts]
+        factors = [Factors(each.a_RD, each.b_DR, each.scale) for each in adapters]  # pyright: ignore[reportArgumentType]
+        index = torch.cat(rows)
+        return index, grouped_update(input[index], factors, [len(each) for each in rows])
 
 
 class AdaptedExperts(Adapted):

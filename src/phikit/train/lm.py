@@ -63,6 +63,7 @@ def cross_entropy(model: Decoder, batch: Batch) -> LossOutput:
         batch.tokens_BT,
         positions_BT=batch.positions_BT,
         attend=CausalAttention(batch.documents_BT, window=model.config.sliding_window),
+        media=batch.media,
     )
     learnt = batch.targets_BT != IGNORE
     nll_N = linear_cross_entropy(

@@ -149,7 +149,8 @@ def _step(
     for batch in batches:
         with session.micro_batch(batch.is_text_BT):
             total, extra = objective.loss(model, batch)
-        (total / weight).backward()
+        if total.requires_grad:  # rows of text teach nothing to a model that only learns to see
+            (total / weight).backward()
         optimiser.accumulate()
         for key, value in {"loss": total.detach(), **extra}.items():
             sums[key] = sums.get(key, 0.0) + float(value)

@@ -99,9 +99,14 @@ def build_model(
 
 
 def named_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds of a model: its parameters, a tied head once, then its buffers."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """What a checkpoint holds of a model: its parameters, a tied head once, then its buffers.
+
+    Modalities that were attached lie beside it (`weights.surgery`).
+    """
+    beside = ("modalities.", *(f".adapters.{name}." for name in model.modalities))
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not any(part in key for part in beside):
+            yield key, tensor
 
 
 def stored_parts(config: DecoderConfig, key: str) -> list[tuple[str, int | None]]:

@@ -20,6 +20,7 @@ from phikit.weights.gguf import RENDERER_KEY as GGUF_RENDERER_KEY
 from phikit.weights.gguf import GGUFFile
 from phikit.weights.multimodal import open_checkpoint, with_adapters
 from phikit.weights.quantised import KEY, from_hf
+from phikit.weights.surgery import load_modalities
 
 SMOLLM2 = "smollm2"
 RENDERER_KEY = "phikit_renderer"
@@ -145,6 +146,7 @@ def _load_folder(folder: Path, *, dtype: torch.dtype | None, renderer: str | Non
     config, quantisation = read_config(folder), read_quantisation(folder)
     with open_checkpoint(folder, config) as source:
         model = build_model(config, source, dtype=dtype, quantisation=quantisation)
+    load_modalities(folder, model)
     tokenizer = Tokenizer.load(folder)
     return Loaded(model, tokenizer, folder_renderer(folder, tokenizer, name=renderer), folder)
 

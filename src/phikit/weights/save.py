@@ -25,6 +25,7 @@ from phikit.weights.build import as_rows, named_tensors, stored_parts
 from phikit.weights.load import RENDERER_KEY, Loaded
 from phikit.weights.quantised import KEY, to_hf
 from phikit.weights.safetensors_files import INDEX, SINGLE, dtype_in_file, write_tensors
+from phikit.weights.surgery import save_modalities
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size at which Hugging Face libraries begin another file."""
@@ -38,7 +39,8 @@ def save(
     max_shard_bytes: float = MAX_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write config, weights, tokenizer and chat template; Phi-4-multimodal's adapters beside them.
+    """Write config, weights, tokenizer and chat template; beside them, what makes the model see
+    and hear: Phi-4-multimodal's adapters, modalities that were attached.
 
     Every file replaces its older self at once. For all of them at once, write into a checkpoint's
     temporary folder (`base.checkpoint.save_checkpoint`).
@@ -55,8 +57,9 @@ def save(
         StorageError: the disk is full or the folder may not be written.
     """
     folder, model, renderer = Path(folder), loaded.model, loaded.renderer
-    adapters = route_of(model).names
-    if not (isinstance(model, MultimodalModel) and {*adapters} <= {VISION, SPEECH}):
+    own = (VISION, SPEECH) if isinstance(model, MultimodalModel) else ()
+    adapters = [name for name in route_of(model).names if name not in model.modalities]
+    if not {*adapters} <= {*own}:
         refuse_adapters(model)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +102,7 @@ def save(
     _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes, on_tensor=count)
     for name in adapters:
         save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
+    save_modalities(folder, model, dtype=dtype)
 
 
 def refuse_adapters(model: Decoder) -> None:

@@ -77,4 +77,4 @@ def test_what_a_dry_run_prints_is_what_set_takes(name: str):
         f"{path}={json.dumps(value)}" for path, value in leaves(config.model_dump(mode="json"))
     ]
     assert fingerprint(recipe(name).override(lines)) == fingerprint(config)
-    assert any(line.startswith("stages.rl.grpo.group_size=") for line in lines)
+    assert any(line.startswith("stages.mid.loop.optim.") for line in lines)

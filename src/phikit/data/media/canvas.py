@@ -1,0 +1,175 @@
+"""Drawing with Pillow, as a pure function of a random stream: words, charts, tables, shapes.
+
+Pictures are uint8 [H, W, 3]. What varies from picture to picture is what must not matter: font,
+size, place, colours, a little noise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phikit.base.errors import MissingExtraError
+from phikit.data.media import fonts
+from phikit.data.media.style import styles_of
+from phikit.data.split import Split
+
+T = TypeVar("T")
+Picture = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+PALETTES: dict[str, tuple[Colour, ...]] = {
+    "tableau": ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)),
+    "dark": ((27, 158, 119), (217, 95, 2), (117, 112, 179), (231, 41, 138), (102, 166, 30)),
+    "accent": ((127, 201, 127), (190, 174, 212), (253, 192, 134), (56, 108, 176), (240, 2, 127)),
+    "bright": ((2, 62, 255), (255, 124, 0), (26, 201, 56), (232, 0, 11), (139, 43, 226)),
+    "earth": ((121, 85, 72), (85, 107, 47), (205, 133, 63), (112, 128, 144), (160, 82, 45)),
+    "warm": ((178, 24, 43), (239, 138, 98), (253, 174, 97), (215, 48, 39), (244, 109, 67)),
+    "muted": ((72, 120, 208), (238, 133, 74), (106, 204, 100), (214, 95, 95), (149, 108, 180)),
+    "cool": ((33, 102, 172), (67, 147, 195), (1, 133, 113), (53, 151, 143), (94, 60, 153)),
+}
+"""Colours of bars and lines, by name; they carry no meaning, so a palette is a style."""
+
+
+class Style(NamedTuple):
+    """How one picture looks."""
+
+    family: str
+    file: Path
+    palette: str
+    ink: Colour
+    paper: Colour
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What must not be shared between splits."""
+        return f"font:{self.family}", f"palette:{self.palette}"
+
+
+def draw_style(random: np.random.Generator, split: Split) -> Style:
+    """A font and a palette of the split, dark on light or light on dark."""
+    family = any_of(random, fonts.families_of(split))
+    file = any_of(random, fonts.families()[family])
+    palette = any_of(random, styles_of(split, "palette", PALETTES))
+    dark = _colour(random, 0, 90)
+    light = _colour(random, 200, 256)
+    ink, paper = (light, dark) if random.random() < 0.15 else (dark, light)
+    return Style(family, file, palette, ink, paper)
+
+
+def words(text: str, style: Style, random: np.random.Generator, *, pixels: int = 24) -> Picture:
+    """One line of text with a margin of its own on each side."""
+    made = fonts.font(style.file, pixels)
+    left, top, right, bottom = made.getbbox(text)
+    margins = random.integers(2, 3 + pixels // 4, size=4)
+    width = round(right - left + margins[0] + margins[1])
+    size = (width, round(bottom - top + margins[2] + margins[3]))
+    image, draw = _blank(size, style.paper)
+    draw.text((margins[0] - left, margins[2] - top), text, font=made, fill=style.ink)
+    return noisy(image, random)
+
+
+def bars(
+    labels: Sequence[str], values: Sequence[int], style: Style, random: np.random.Generator
+) -> Picture:
+    """A bar chart with a label under each bar and its value above it."""
+    width, height, pixels = 34, 90, int(random.integers(12, 15))
+    made = fonts.font(style.file, pixels)
+    image, draw = _blank((width * len(values) + 16, height + 40), style.paper)
+    base, top = height + 18, max(values)
+    draw.line([(6, base), (width * len(values) + 10, base)], fill=style.ink)
+    colours = PALETTES[style.palette]
+    first = int(random.integers(len(colours)))
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        x, y = 12 + width * i, base - round(height * value / (top * 1.1))
+        draw.rectangle([x, y, x + width - 12, base], fill=colours[(first + i) % len(colours)])
+        middle = x + (width - 12) / 2
+        draw.text((middle, y - 1), str(value), font=made, fill=style.ink, anchor="mb")
+        draw.text((middle, base + 2), label, font=made, fill=style.ink, anchor="mt")
+    return noisy(image, random)
+
+
+def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generator) -> Picture:
+    """Cells in ruled lines; the first row is the head."""
+    pixels = int(random.integers(13, 17))
+    made = fonts.font(style.file, pixels)
+    widths = [max(made.getlength(row[c]) for row in rows) + 12 for c in range(len(rows[0]))]
+    height = pixels + 9
+    edges = np.cumsum([4, *widths])
+    image, draw = _blank((round(edges[-1]) + 5, height * len(rows) + 9), style.paper)
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            x, y = (edges[c] + edges[c + 1]) / 2, 4 + height * (r + 0.5)
+            draw.text((x, y), cell, font=made, fill=style.ink, anchor="mm")
+    for r in range(len(rows) + 1):
+        draw.line([(4, 4 + height * r), (round(edges[-1]), 4 + height * r)], fill=style.ink)
+    for edge in edges:
+        draw.line([(round(edge), 4), (round(edge), 4 + height * len(rows))], fill=style.ink)
+    return noisy(image, random)
+
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS: dict[str, Colour] = {
+    "red": (210, 40, 40), "green": (40, 150, 60), "blue": (40, 70, 210), "yellow": (225, 195, 40),
+}  # fmt: skip
+"""These are asked for by name, so they are no style."""
+
+
+class Shape(NamedTuple):
+    """One shape, in a cell of a grid."""
+
+    form: str
+    colour: str
+    row: int
+    column: int
+
+
+def shapes(
+    things: Sequence[Shape], random: np.random.Generator, *, cell: int = 32, grid: int = 3
+) -> Picture:
+    """Shapes in a grid of cells, each of its own size within its cell."""
+    image, draw = _blank((grid * cell, grid * cell), _colour(random, 225, 256))
+    for thing in things:
+        radius = cell * random.uniform(0.28, 0.42)
+        shift = random.uniform(-0.06, 0.06, size=2) * cell
+        x, y = (thing.column + 0.5) * cell + shift[0], (thing.row + 0.5) * cell + shift[1]
+        fill = tuple(
+            int(np.clip(part + random.integers(-20, 21), 0, 255)) for part in COLOURS[thing.colour]
+        )
+        box = [x - radius, y - radius, x + radius, y + radius]
+        if thing.form == "circle":
+            draw.ellipse(box, fill=fill)
+        elif thing.form == "square":
+            draw.rectangle(box, fill=fill)
+        else:
+            draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=fill)
+    return noisy(image, random)
+
+
+def noisy(image: object, random: np.random.Generator) -> Picture:
+    """The picture as an array, with a little noise of the camera's kind."""
+    pixels = np.asarray(image, np.float32)
+    strength = random.uniform(0, 6)
+    return np.clip(pixels + random.normal(0, strength, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def _blank(size: tuple[int, int], paper: Colour) -> tuple[Any, Any]:
+    """A sheet, and what draws on it."""
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError as error:
+        raise MissingExtraError("pillow", "synth") from error
+    image = Image.new("RGB", size, paper)
+    return image, ImageDraw.Draw(image)
+
+
+def any_of(random: np.random.Generator, items: Sequence[T]) -> T:
+    """One of the items."""
+    return items[int(random.integers(len(items)))]
+
+
+def _colour(random: np.random.Generator, low: int, high: int) -> Colour:
+    red, green, blue = random.integers(low, high, size=3).tolist()
+    return red, green, blue

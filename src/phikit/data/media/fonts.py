@@ -1,0 +1,93 @@
+"""Fonts that come with packages: six families of matplotlib, and ten more of the extra `synth`.
+
+None is taken from the system: the same seed must draw the same picture everywhere. A family belongs
+to one split, its bold and slanted cuts with it.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phikit.base.errors import DataError, MissingExtraError
+from phikit.data.media.style import style_split, styles_of
+from phikit.data.split import Split
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
+# fmt: off
+_MATPLOTLIB = {
+    "DejaVuSans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
+    "DejaVuSerif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
+    "DejaVuSansMono": ("DejaVuSansMono", "DejaVuSansMono-Bold"),
+    "STIXGeneral": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+    "ComputerModern": ("cmr10", "cmb10"),
+    "ComputerModernSans": ("cmss10",),
+}
+"""Files of each family. Computer Modern's letters and digits lie where ASCII has them."""
+_PACKAGES = {
+    "Caladea": ("font_caladea", ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic")),
+    "FjallaOne": ("font_fjallaone", ("FjallaOne-Regular",)),
+    "FredokaOne": ("font_fredoka_one", ("FredokaOne-Regular",)),
+    "Intuitive": ("font_intuitive", ("Intuitive",)),
+    "Lato": ("font_lato", ("Lato-Regular", "Lato-Bold", "Lato-Italic")),
+    "Manrope": ("font_manrope", ("Manrope-Regular", "Manrope-Bold")),
+    "RedHatDisplay": ("font_rhd", ("RedHatDisplay-Regular", "RedHatDisplay-Bold")),
+    "Roboto": ("font_roboto", ("Roboto-Regular", "Roboto-Bold", "Roboto-Italic")),
+    "SourceSansPro": ("font_source_sans_pro", ("SourceSansPro-Regular", "SourceSansPro-Bold")),
+    "SourceSerifPro": ("font_source_serif_pro", ("SourceSerifPro-Regular", "SourceSerifPro-Bold")),
+}
+"""The package of each family, and files in its folder `files`."""
+# fmt: on
+
+
+@cache
+def families() -> dict[str, tuple[Path, ...]]:
+    """The files of every family that is installed, by its name."""
+    found = {}
+    core = _folder("matplotlib", "mpl-data/fonts/ttf")
+    if core is not None:
+        found |= {
+            name: tuple(core / f"{file}.ttf" for file in files)
+            for name, files in _MATPLOTLIB.items()
+        }
+    for name, (package, files) in _PACKAGES.items():
+        folder = _folder(package, "files")
+        if folder is not None:
+            found[name] = tuple(folder / f"{file}.ttf" for file in files)
+    return {name: files for name, files in found.items() if all(file.is_file() for file in files)}
+
+
+def families_of(split: Split) -> list[str]:
+    """The families that problems of a split may show.
+
+    Raises DataError if there are none: matplotlib's alone serve training and testing, and leave
+    nothing for validation.
+    """
+    try:
+        return styles_of(split, "font", families())
+    except DataError as error:
+        raise MissingExtraError("font-rhd", "synth") from error
+
+
+def family_split(family: str) -> Split:
+    """The split that a family belongs to."""
+    return style_split("font", family)
+
+
+@cache
+def font(path: Path, pixels: int) -> "ImageFont.FreeTypeFont":
+    """A font at a height in pixels. Raises MissingExtraError if Pillow is not installed."""
+    try:
+        from PIL import ImageFont
+    except ImportError as error:
+        raise MissingExtraError("pillow", "synth") from error
+    return ImageFont.truetype(str(path), pixels)
+
+
+def _folder(package: str, inside: str) -> Path | None:
+    """A folder of an installed package, found without importing it."""
+    spec = find_spec(package)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return next((Path(place) / inside for place in places), None)

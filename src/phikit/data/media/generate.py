@@ -1,0 +1,294 @@
+"""Generated problems about pictures and speech: families, splits, seeds.
+
+A problem's split is a hash of what it asks and shows, fonts and voices aside; the styles of a split
+are its own (`style`). So neither the content nor the look of a test problem was seen in training.
+Handwritten digits are real, and their split is that of the scan.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phikit.base.errors import ConfigError, MissingExtraError
+from phikit.base.media import SPEECH, VISION
+from phikit.data.media import canvas
+from phikit.data.media.augment import SPEEDS, at_speed, with_noise
+from phikit.data.media.problem import MediaProblem, Source
+from phikit.data.media.speak import draw_voice, speak
+from phikit.data.problem import Provenance
+from phikit.data.split import Split, split_of
+
+VERSION = "1"
+MOST_TRIES = 10_000
+"""Drafts of one problem until one is of the split."""
+
+
+class Draft(NamedTuple):
+    """What a family has made up."""
+
+    question: str
+    answer: str
+    signature: str
+    """Equal for two problems that differ only in looks."""
+    render: Callable[[np.random.Generator, Split], "Rendered"]
+    """Called once the draft is known to be of the split."""
+
+
+class Rendered(NamedTuple):
+    """The media of a problem, and the styles they were made with."""
+
+    media: Mapping[str, tuple[Source, ...]]
+    styles: tuple[str, ...]
+
+
+# fmt: off
+NOUNS = (
+    "apple", "bread", "cloud", "dream", "eagle", "flame", "grape", "house", "ideal", "jolly",
+    "knife", "lemon", "mango", "night", "ocean", "piano", "queen", "river", "stone", "tiger",
+    "uncle", "violin", "water", "youth", "zebra", "bridge", "candle", "desert", "engine", "forest",
+    "garden", "harbor", "island", "jacket", "kitten", "ladder", "market", "needle", "orange",
+    "pencil", "quartz", "ribbon", "school", "temple", "valley", "window", "yellow", "copper",
+)
+LABELS = ("A", "B", "C", "D", "E", "F", "G", "H", "K", "M")
+VERBS = ("open", "close", "start", "stop", "turn on", "turn off", "raise", "lower")
+THINGS = ("the door", "the window", "the light", "the music", "the fan", "the heater", "the blinds")
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# fmt: on
+
+
+def _pick(random: np.random.Generator, items: Sequence[str], count: int) -> list[str]:
+    places = random.choice(len(items), size=count, replace=False)
+    return [items[int(place)] for place in places]
+
+
+def draft_text(random: np.random.Generator) -> Draft:
+    """A rendered word, one or two, or a number."""
+    if random.random() < 0.3:
+        text = str(random.integers(10, 100_000))
+    else:
+        text = " ".join(_pick(random, NOUNS, int(random.integers(1, 3))))
+        text = canvas.any_of(random, (text, text.title(), text.upper()))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        style = canvas.draw_style(random, split)
+        picture = canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
+        return Rendered({VISION: (picture,)}, style.names[:1])
+
+    return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
+
+
+def draft_chart(random: np.random.Generator) -> Draft:
+    """The value of a bar, or the label of the highest one."""
+    labels = sorted(_pick(random, LABELS, int(random.integers(3, 6))))
+    values = [int(v) for v in random.choice(np.arange(3, 60), size=len(labels), replace=False)]
+    if random.random() < 0.75:
+        which = int(random.integers(len(labels)))
+        asked, answer = f"What is the value of {labels[which]}?", str(values[which])
+    else:
+        asked, answer = "Which bar is the highest?", labels[int(np.argmax(values))]
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        style = canvas.draw_style(random, split)
+        return Rendered({VISION: (canvas.bars(labels, values, style, random),)}, style.names)
+
+    signature = f"chart {list(zip(labels, values, strict=True))}"
+    return Draft(f"<|image_1|>{asked}", answer, signature, render)
+
+
+def draft_table(random: np.random.Generator) -> Draft:
+    """A cell of a table."""
+    columns = sorted(_pick(random, LABELS, int(random.integers(2, 4))))
+    rows = _pick(random, NOUNS, int(random.integers(2, 4)))
+    cells = [[str(v) for v in random.integers(1, 100, size=len(columns))] for _ in rows]
+    r, c = int(random.integers(len(rows))), int(random.integers(len(columns)))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        style = canvas.draw_style(random, split)
+        lines = [["", *columns], *([row, *of] for row, of in zip(rows, cells, strict=True))]
+        return Rendered({VISION: (canvas.table(lines, style, random),)}, style.names[:1])
+
+    question = f"<|image_1|>What is {columns[c]} of {rows[r]}?"
+    return Draft(question, cells[r][c], f"table {columns} {rows} {cells}", render)
+
+
+def draft_scene(random: np.random.Generator) -> tuple[list[canvas.Shape], str]:
+    """Shapes in a grid of nine, and what they are, as text."""
+    places = random.choice(9, size=int(random.integers(1, 7)), replace=False)
+    things = [
+        canvas.Shape(
+            canvas.any_of(random, canvas.SHAPES),
+            canvas.any_of(random, tuple(canvas.COLOURS)),
+            *divmod(int(place), 3),
+        )
+        for place in sorted(places)
+    ]
+    return things, f"scene {[tuple(thing) for thing in things]}"
+
+
+def about_scene(random: np.random.Generator, things: Sequence[canvas.Shape]) -> tuple[str, str]:
+    """A question about a scene, and its answer."""
+    kind, form = int(random.integers(3)), canvas.any_of(random, canvas.SHAPES)
+    if kind == 0:
+        return "How many shapes are there?", str(len(things))
+    if kind == 1:
+        return f"How many {form}s are there?", str(sum(t.form == form for t in things))
+    thing = things[int(random.integers(len(things)))]
+    rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
+    where = f"{rows[thing.row]} {columns[thing.column]}"
+    return f"What color is the shape in the {where}?", thing.colour
+
+
+def draft_shapes(random: np.random.Generator) -> Draft:
+    """Counting, and colour by place."""
+    things, signature = draft_scene(random)
+    question, answer = about_scene(random, things)
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        return Rendered({VISION: (canvas.shapes(things, random),)}, ())
+
+    return Draft(f"<|image_1|>{question}", answer, signature, render)
+
+
+def draft_digit(random: np.random.Generator) -> Draft:
+    """A scanned handwritten digit, of the 1,797 in scikit-learn."""
+    pictures, digits = _digits()
+    number = int(random.integers(len(digits)))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        light = pictures[number].repeat(4, axis=0).repeat(4, axis=1)
+        picture = canvas.noisy(np.stack([255 - light] * 3, axis=-1), random)
+        return Rendered({VISION: (picture,)}, ())
+
+    question = "<|image_1|>Which digit is this?"
+    return Draft(question, str(digits[number]), f"digit {number}", render)
+
+
+def draft_spoken_digits(random: np.random.Generator) -> Draft:
+    """One to five digits, to be written down."""
+    digits = [int(d) for d in random.integers(10, size=int(random.integers(1, 6)))]
+    text = " ".join(NUMERALS[d] for d in digits)
+    return _dictation(text, f"spoken {text}")
+
+
+def draft_command(random: np.random.Generator) -> Draft:
+    """A short order to a house, to be written down."""
+    text = f"{canvas.any_of(random, VERBS)} {canvas.any_of(random, THINGS)}"
+    if random.random() < 0.5:
+        text += f" in {canvas.any_of(random, NUMERALS[1:])} minutes"
+    return _dictation(text, f"spoken {text}")
+
+
+def draft_sum(random: np.random.Generator) -> Draft:
+    """A spoken question, to be answered."""
+    a, b = (int(n) for n in random.integers(10, size=2))
+    asked = f"What is {NUMERALS[a]} plus {NUMERALS[b]}?"
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        return spoken(asked, random, split)
+
+    return Draft("<|audio_1|>Answer the question.", str(a + b), f"spoken sum {a} {b}", render)
+
+
+def draft_spoken_scene(random: np.random.Generator) -> Draft:
+    """A question spoken about a picture."""
+    things, signature = draft_scene(random)
+    asked, answer = about_scene(random, things)
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        heard = spoken(asked, random, split)
+        return heard._replace(media={VISION: (canvas.shapes(things, random),), **heard.media})
+
+    return Draft("<|image_1|><|audio_1|>Answer the question.", answer, signature, render)
+
+
+def spoken(text: str, random: np.random.Generator, split: Split) -> Rendered:
+    """The text in a voice of the split, at some pace and under some noise."""
+    voice = draw_voice(random, split)
+    samples = at_speed(speak(text, voice), canvas.any_of(random, SPEEDS))
+    noisy = with_noise(samples, snr_db=random.uniform(10, 40), random=random)
+    return Rendered({SPEECH: (noisy,)}, voice.names)
+
+
+def _dictation(text: str, signature: str) -> Draft:
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        return spoken(text, random, split)
+
+    return Draft("<|audio_1|>Write down what is said.", text, signature, render)
+
+
+FAMILIES: Mapping[str, Callable[[np.random.Generator], Draft]] = {
+    "text": draft_text,
+    "chart": draft_chart,
+    "table": draft_table,
+    "shapes": draft_shapes,
+    "digit": draft_digit,
+    "spoken_digits": draft_spoken_digits,
+    "command": draft_command,
+    "spoken_sum": draft_sum,
+    "spoken_scene": draft_spoken_scene,
+}
+
+
+def generate(*, family: str, seed: int, count: int, split: Split) -> list[MediaProblem]:
+    """`count` problems of one family and split; the same arguments give the same bits.
+
+    Raises:
+        ConfigError: there is no such family.
+        DataError: no font or voice is left for the split.
+        MissingExtraError: the extra `synth` is not installed.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"no family {family!r}", fix=f"choose from: {', '.join(FAMILIES)}")
+    return [_problem(family, seed, index, split) for index in range(count)]
+
+
+def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
+    number = list(FAMILIES).index(family)
+    random = np.random.default_rng([seed, number, index])
+    draft = next(
+        draft
+        for draft in (FAMILIES[family](random) for _ in range(MOST_TRIES))
+        if split_of(draft.signature) == split
+    )
+    rendered = draft.render(random, split)
+    return MediaProblem(
+        question=draft.question,
+        answer=draft.answer,
+        thinking=None,
+        solution=draft.answer,
+        steps=None,
+        signature=draft.signature,
+        provenance=Provenance(
+            source=family,
+            family=family,
+            license="CC0-1.0" if family != "digit" else "BSD-3-Clause",
+            split=split,
+            generator="phikit.data.media",
+            version=VERSION,
+            seed=seed,
+            index=index,
+        ),
+        media=rendered.media,
+        styles=rendered.styles,
+    )
+
+
+@cache
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Pictures [N, 8, 8], white on black, and what they show.
+
+    Read from scikit-learn's own file: importing scikit-learn takes seconds.
+    """
+    spec = find_spec("sklearn")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    files = [Path(place) / "datasets" / "data" / "digits.csv.gz" for place in places]
+    if not files:
+        raise MissingExtraError("scikit-learn", "synth")
+    table = np.loadtxt(files[0], delimiter=",")
+    pictures = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    return pictures, table[:, 64].astype(np.uint8)

@@ -1,0 +1,143 @@
+"""Problems with pictures and sounds, and the way from them to examples.
+
+A problem is the ordinary one with media beside its question, so tasks, scorers and transcripts
+take it as it is. Media are arrays here, or files and their bytes where they come from outside.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phikit.base.errors import DataError, PhikitError
+from phikit.base.media import Media, MediaItem, of_items, word_of
+from phikit.base.types import Example
+from phikit.chat.turns import Renderer
+from phikit.data.problem import Problem
+
+Source = NDArray[Any] | Path | bytes
+"""A picture as uint8 [H, W, 3], a sound as float32 samples at 16 kHz, or a file of either."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaProblem(Problem):
+    """A problem about what is seen or heard; the question marks where: `<|image_1|>`."""
+
+    media: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
+    """By the name of the modality, in order of appearance."""
+    styles: tuple[str, ...] = ()
+    """The fonts, voices and palettes it was made with."""
+
+
+class Fault(NamedTuple):
+    """An item that could not be read, and why."""
+
+    item: str
+    reason: str
+
+
+class Prepared(NamedTuple):
+    """What became of problems."""
+
+    examples: list[Example]
+    faults: list[Fault]
+
+
+def prepare(
+    problems: Sequence[MediaProblem],
+    renderer: Renderer,
+    *,
+    modalities: Mapping[str, Callable[[Any], MediaItem]],
+    ids: Mapping[str, int],
+    on_fault: Literal["stop", "skip"] = "stop",
+) -> Prepared:
+    """Problems as examples, in order, with the loss on the answers alone.
+
+    Args:
+        renderer: of the model that is to learn.
+        modalities: what makes an item of a source, by name (`ModalityConfig.prepare`).
+        ids: the placeholder tokens (`Decoder.media_ids`).
+        on_fault: what to do with an item that cannot be read: raise, or leave its problem out and
+            list it among the faults.
+
+    Raises:
+        DataError: an item cannot be read, or its problem cannot be rendered; names the item.
+    """
+    examples: list[Example] = []
+    faults: list[Fault] = []
+    for problem in problems:
+        name = _name(problem)
+        try:
+            examples.append(_example(problem, renderer, modalities, ids))
+        except PhikitError as error:
+            if on_fault == "stop":
+                raise DataError(
+                    f"{name}: {error.what}",
+                    fix=error.fix or 'repair the item, or skip such items (on_fault="skip")',
+                ) from error
+            faults.append(Fault(name, error.what))
+    return Prepared(examples, faults)
+
+
+def media_of(
+    problem: MediaProblem, modalities: Mapping[str, Callable[[Any], MediaItem]]
+) -> Media | None:
+    """The items of a problem.
+
+    Raises DataError for a modality that is not among these, ChatError for what cannot be read.
+    """
+    unknown = [name for name in problem.media if name not in modalities]
+    if unknown:
+        raise DataError(
+            f"there is {word_of(unknown[0])} to a model without the modality {unknown[0]!r}",
+            fix="attach it (weights.surgery.attach), or leave such problems out",
+        )
+    items = {
+        name: tuple(modalities[name](source) for source in sources)
+        for name, sources in problem.media.items()
+    }
+    return of_items(items) if any(items.values()) else None
+
+
+def _example(
+    problem: MediaProblem,
+    renderer: Renderer,
+    modalities: Mapping[str, Callable[[Any], MediaItem]],
+    ids: Mapping[str, int],
+) -> Example:
+    media = media_of(problem, modalities)
+    tokens = media and media.tokens._replace(ids=ids)
+    return replace(renderer.example(problem.messages(), media=tokens), media=media)
+
+
+def _name(problem: MediaProblem) -> str:
+    """What to call a problem in messages: its files if it has any, else its number."""
+    sources = [source for of in problem.media.values() for source in of]
+    files = [str(source) for source in sources if isinstance(source, Path)]
+    where = problem.provenance
+    return ", ".join(files) or f"{where.source}, item {where.index}"
+
+
+def length_buckets(
+    lengths: Sequence[int], *, size: int, window: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Batches of `size` items of similar length, in random order.
+
+    Items are shuffled, sorted by length within windows of that many batches, and cut. So padding
+    is a small part of a batch, and which items meet still changes with the seed. The last batch may
+    be smaller.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(lengths))
+    span = size * window
+    batches: list[NDArray[np.int64]] = []
+    for start in range(0, len(order), span):
+        part = order[start : start + span]
+        part = part[np.argsort([lengths[i] for i in part], kind="stable")]
+        batches += [part[i : i + size] for i in range(0, len(part), size)]
+    full = [batch for batch in batches if len(batch) == size]
+    rest = [batch for batch in batches if len(batch) < size]
+    return [full[i] for i in random.permutation(len(full))] + rest

@@ -1,0 +1,34 @@
+"""Which fonts, voices and palettes a split may use: decided by the hash of the name alone.
+
+So a style belongs to one split whatever else is installed, and no seed can move it.
+"""
+
+from collections.abc import Iterable
+
+from phikit.base.errors import DataError
+from phikit.data.split import Split, content_hash
+
+TEST_SHARE, VALIDATION_SHARE = 0.25, 0.10
+"""Larger than the shares of problems: there are few styles, and each split needs some."""
+
+
+def style_split(kind: str, name: str) -> Split:
+    """The split of the style `name` of this kind; what is not held out is for training."""
+    point = int(content_hash(f"{kind}:{name}")[:13], 16) / 16**13
+    if point < TEST_SHARE:
+        return "test"
+    return "validation" if point < TEST_SHARE + VALIDATION_SHARE else "train"
+
+
+def styles_of(split: Split, kind: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that problems of this split may show; reinforcement learning trains too.
+
+    Raises DataError if there are none.
+    """
+    wanted = "train" if split == "rl" else split
+    chosen = [name for name in names if style_split(kind, name) == wanted]
+    if not chosen:
+        raise DataError(
+            f"no {kind} is left for the split {split!r}", fix="install more of them, or add some"
+        )
+    return chosen

@@ -1,0 +1,138 @@
+"""Sight and hearing: the two modalities of Phi-4-multimodal, for that model and for any other.
+
+The encoders are `nn.vision` and `nn.speech`; here they become modalities. A model of one's own
+takes them small: a crop of 28 pixels and two layers read a digit.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from phikit.base.errors import ChatError, MissingExtraError
+from phikit.base.media import SPEECH, VISION
+from phikit.chat.audio import MAX_SECONDS, RATE_HZ, AudioClip, audio_clip, load_audio
+from phikit.chat.image import ImageCrops, load_image
+from phikit.models.modality import Modality, ModalityConfig, register
+from phikit.nn.speech import AudioEmbedder, SpeechConfig
+from phikit.nn.vision import ImageEmbedder, VisionConfig
+
+TABLE_STD = 0.02
+"""Of position tables, which the encoders leave at zero for a checkpoint to fill."""
+
+
+class Sight(ImageEmbedder, Modality):
+    """Images as crops; the learnt separators belong to the projector, as they end its sequences."""
+
+    def forward(self, images: Sequence[ImageCrops], *, leader: str = VISION) -> list[Tensor]:
+        return super().forward(images)
+
+    def projectors(self) -> dict[str, list[nn.Parameter]]:
+        names = ("img_projection_up", "img_projection_down", "global_img", "sub_img")
+        return {VISION: [p for name, p in self.named_parameters() if name.startswith(names)]}
+
+
+class Hearing(AudioEmbedder, Modality):
+    """Clips, with one projector for rows that show an image and one for those that do not."""
+
+    def forward(self, clips: Sequence[AudioClip], *, leader: str = SPEECH) -> list[Tensor]:
+        device = self.up_proj_for_speech.weight.device
+        features = [torch.as_tensor(clip.features_TF) for clip in clips]
+        lengths_B = torch.tensor([len(each) for each in features], device=device)
+        features_BTF = pad_sequence(features, batch_first=True).to(device)
+        mode = VISION if leader == VISION else SPEECH
+        return super().forward(features_BTF, lengths_B, mode=mode)
+
+    def projectors(self) -> dict[str, list[nn.Parameter]]:
+        own = (self.up_proj_for_speech, self.down_proj_for_speech)
+        beside = (self.up_proj_for_vision_speech, self.down_proj_for_vision_speech)
+        return {
+            leader: [parameter for linear in pair for parameter in linear.parameters()]
+            for leader, pair in ((SPEECH, own), (VISION, beside))
+        }
+
+
+@register
+class VisionModality(ModalityConfig):
+    """Images, cut into crops and seen by a SigLIP tower."""
+
+    kind: Literal["vision"] = "vision"
+    name: str = VISION
+    precedence: PositiveInt = 20
+    encoder: VisionConfig = VisionConfig()
+    max_crops: PositiveInt = 36
+    """Most crops of one image; fewer cost fewer tokens."""
+
+    def build(self, d_model: int) -> Sight:
+        made = Sight(self.encoder, d_model)
+        tower = made.img_processor
+        del tower.head, tower.post_layernorm, tower.encoder.layers[self.encoder.feature_layer :]
+        nn.init.normal_(made.img_processor.embeddings.position_embedding.weight, std=TABLE_STD)
+        return made
+
+    def prepare(self, source: Any) -> ImageCrops:
+        """Of a path, the bytes of a file, or pixels [H, W, 3] as uint8."""
+        encoder = self.encoder
+        return load_image(
+            _picture(source) if isinstance(source, np.ndarray) else source,
+            max_crops=self.max_crops,
+            crop_size=encoder.crop_size,
+            patch_size=encoder.patch_size,
+        )
+
+
+@register
+class SpeechModality(ModalityConfig):
+    """Sound as log-mel frames, heard by a Conformer."""
+
+    kind: Literal["speech"] = "speech"
+    name: str = SPEECH
+    precedence: PositiveInt = 10
+    encoder: SpeechConfig = SpeechConfig()
+    max_seconds: PositiveFloat = MAX_SECONDS
+    """Longer clips are refused."""
+
+    def build(self, d_model: int) -> Hearing:
+        return Hearing(self.encoder, d_model)
+
+    def prepare(self, source: Any) -> AudioClip:
+        """Of a path, the bytes of a file, or mono samples at 16 kHz as float32."""
+        if isinstance(source, np.ndarray):
+            return self._of_samples(source)
+        if not isinstance(source, bytes | str | Path):
+            raise ChatError(
+                f"a clip is given as {type(source).__name__}", fix="give the bytes or the path"
+            )
+        path = Path(source) if isinstance(source, str) else source
+        return load_audio(path, max_seconds=self.max_seconds)
+
+    def _of_samples(self, samples: np.ndarray) -> AudioClip:
+        if samples.ndim != 1 or samples.dtype != np.float32:
+            raise ChatError(
+                f"samples are {samples.dtype} of shape {samples.shape}",
+                fix="give mono samples at 16 kHz as float32",
+            )
+        if len(samples) > self.max_seconds * RATE_HZ:
+            raise ChatError(
+                f"the samples are longer than {self.max_seconds:g} s", fix="give a shorter clip"
+            )
+        return audio_clip(samples, where="the samples")
+
+
+def _picture(pixels_HWC: np.ndarray) -> Any:
+    """Pixels as Pillow's image."""
+    if pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3 or pixels_HWC.dtype != np.uint8:
+        raise ChatError(
+            f"pixels are {pixels_HWC.dtype} of shape {pixels_HWC.shape}",
+            fix="give them as uint8 [height, width, 3]",
+        )
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "media") from error
+    return Image.fromarray(pixels_HWC)

@@ -1,0 +1,252 @@
+"""Teach a decoder a new modality, and take it away again, without a change to its text.
+
+`attach` adds an encoder, a projector, a placeholder token and a named adapter to any model of the
+library. Nothing of the text model is touched: adapters act on rows with media alone, and the
+placeholder is an id beyond the vocabulary. `detach` gives the model back bit for bit.
+
+A modality is saved beside the text model, which stays the checkpoint it was: `NAME-modality/` holds
+its config and weights, `NAME-lora/` its adapter in PEFT's layout.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from phikit.base.errors import ConfigError, WeightsError
+from phikit.base.files import storage_errors, write_atomic
+from phikit.models.decoder import Decoder
+from phikit.models.modality import Modality, ModalityConfig, modality_from
+from phikit.models.multimodal import adapter_folder
+from phikit.nn.lora import (
+    BLOCKS,
+    LoRALinear,
+    LoRAQuantLinear,
+    adapter_parameters,
+    add_adapters,
+    choose_adapter,
+    lora_linears,
+    merge_lora,
+    route_of,
+)
+from phikit.nn.quantised import QuantLinear
+from phikit.weights.adapter import load_adapter, save_adapter
+from phikit.weights.build import mismatches
+from phikit.weights.safetensors_files import open_file, write_tensors
+
+Part = Literal["encoder", "projector", "beside", "adapter"]
+"""What a stage may train of a modality."""
+TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "up_proj", "down_proj")
+"""Linears of attention and feed-forward, as the families call them."""
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+
+class Parts(NamedTuple):
+    """The parameters of a modality."""
+
+    encoder: list[nn.Parameter]
+    projector: list[nn.Parameter]
+    beside: list[nn.Parameter]
+    """Projectors for rows that another modality leads: of clips beside an image."""
+    adapter: list[nn.Parameter]
+
+
+def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
+    """Give a model a modality with fresh weights; returns its parameters.
+
+    The adapter starts as the identity. Nothing is frozen and nothing chosen: `train_only` says what
+    learns, and the rows' contents say what runs.
+
+    Raises:
+        ConfigError: the model has a modality or an adapter of that name, or its blocks lack a
+            target of the adapter.
+    """
+    name, adapter = modality.name, modality.adapter
+    if name in model.senses or name in route_of(model).names:
+        raise ConfigError(
+            f"the model has {name!r} already",
+            fix="detach that one first, or give this modality another name",
+        )
+    if not name.isidentifier():  # it becomes part of paths, keys and placeholders
+        raise ConfigError(f"a modality cannot be called {name!r}", fix="use letters and digits")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = modality.build(model.config.d_model)
+    if adapter is not None:
+        targets = adapter.targets or _targets(model)
+        generator = torch.Generator().manual_seed(seed)
+        shape = {"rank": adapter.rank, "alpha": adapter.alpha}
+        add_adapters(model, name=name, targets=targets, generator=generator, **shape)
+    taken = [sense.token for sense in model.senses.values()]
+    token = max([model.config.vocab_size - 1, *taken]) + 1
+    _put(model, made.known_by(modality, token=token))
+    return parts(model, name)
+
+
+def detach(model: Decoder, name: str) -> None:
+    """Take a modality away, its adapter included; the weights of the rest stay what they are.
+
+    Raises ConfigError if none of that name was attached.
+    """
+    _check(model, name)
+    del model.modalities[name]
+    route = route_of(model)
+    if name in route.names:
+        route.names.remove(name)
+    if route.chosen == name:
+        route.chosen = None
+    for path, linear in list(lora_linears(model)):
+        if name in linear.adapters:
+            del linear.adapters[name]
+        if not len(linear.adapters):
+            model.set_submodule(path, _bare(linear))
+
+
+def merge(model: Decoder, name: str) -> None:
+    """Add a modality's adapter into the base for good, which changes the text model.
+
+    The modality stays, and its rows run on the merged base. Raises ConfigError if none of that name
+    was attached, or it has no adapter, or the model has other adapters, which were trained on
+    the base as it was.
+    """
+    sense = _check(model, name)
+    merge_lora(model, name)
+    sense.config = sense.config.model_copy(update={"adapter": None})
+
+
+def attached(model: Decoder) -> dict[str, ModalityConfig]:
+    """The modalities that were attached, by name."""
+    return {name: sense.config for name, sense in _attached(model).items()}
+
+
+def parts(model: Decoder, name: str) -> Parts:
+    """The parameters of a modality of the model, attached or born with it.
+
+    Raises ConfigError if there is none of that name.
+    """
+    senses = model.senses
+    if name not in senses:
+        raise ConfigError(f"the model has no modality {name!r}", fix=f"it has {[*senses]}")
+    own, *others = senses[name].projectors().values()
+    beside = [parameter for projector in others for parameter in projector]
+    known = {id(parameter) for parameter in (*own, *beside)}
+    encoder = [p for p in senses[name].parameters() if id(p) not in known]
+    return Parts(encoder, own, beside, adapter_parameters(model, name))
+
+
+def train_only(model: Decoder, learning: Mapping[str, Sequence[Part]]) -> list[nn.Parameter]:
+    """Freeze the model but for these parts of its modalities; returns what learns.
+
+    `{"vision": ("projector",)}` is the first stage of Phi-4-multimodal. Raises ConfigError for a
+    modality or a part that the model has not.
+    """
+    trainable: list[nn.Parameter] = []
+    for name, chosen in learning.items():
+        of = parts(model, name)._asdict()
+        for part in chosen:
+            if not of[part]:
+                raise ConfigError(f"{name!r} has no {part} to train", fix="attach it with one")
+            trainable += of[part]
+    model.requires_grad_(False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    return trainable
+
+
+def save_modalities(folder: Path, model: Decoder, *, dtype: torch.dtype | None = None) -> None:
+    """Write what was attached beside the model, and remove what an older save has left there.
+
+    Raises StorageError: the disk is full or the folder may not be written.
+    """
+    senses = _attached(model)
+    with storage_errors(folder):
+        for old in folder.glob("*-modality"):
+            if old.name not in {_folder(name) for name in senses}:
+                shutil.rmtree(old)
+                shutil.rmtree(folder / adapter_folder(old.name.removesuffix("-modality")), True)
+        for name, sense in senses.items():
+            own = folder / _folder(name)
+            own.mkdir(parents=True, exist_ok=True)
+            about = {"token": sense.token, "modality": sense.config.model_dump(mode="json")}
+            write_atomic(own / CONFIG, json.dumps(about, indent=2) + "\n")
+            write_tensors(own / TENSORS, sense.state_dict(), dtype=dtype)
+            if name in route_of(model).names:
+                save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
+
+
+def load_modalities(folder: Path, model: Decoder) -> None:
+    """Attach what `save_modalities` has written beside a model.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or does not fit the model.
+        ConfigError: a modality is of a kind that nobody has registered.
+    """
+    saved = [(_read_about(own / CONFIG), own) for own in folder.glob("*-modality")]
+    for (token, config), own in sorted(saved, key=lambda entry: entry[0][0]):
+        made = config.build(model.config.d_model)
+        state = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        with open_file(own / TENSORS) as source:
+            wanted = {name: tuple(shape) for name, shape in state.items()}
+            faults = mismatches(source.shapes, wanted, unreadable=source.unreadable)
+            if faults:
+                raise WeightsError(
+                    f"{own / TENSORS} does not fit its config:"
+                    + "".join(f"\n  {fault}" for fault in faults)
+                )
+            made.load_state_dict({name: source.read(name) for name in state})
+        _put(model, made.known_by(config, token=token))
+        if config.adapter is not None:
+            load_adapter(folder / adapter_folder(config.name), model, name=config.name)
+            choose_adapter(model, None)
+            model.requires_grad_(True)  # which `load_adapter` has taken from it
+
+
+def _put(model: Decoder, sense: Modality) -> None:
+    model.modalities[sense.config.name] = sense.to(model.device, model.dtype)
+
+
+def _attached(model: Decoder) -> dict[str, Modality]:
+    return {name: model.senses[name] for name in model.modalities}
+
+
+def _check(model: Decoder, name: str) -> Modality:
+    if name not in model.modalities:
+        names = ", ".join(model.modalities) or "none"
+        raise ConfigError(f"no modality {name!r} is attached", fix=f"those attached: {names}")
+    return model.senses[name]
+
+
+def _targets(model: Decoder) -> list[str]:
+    """Those of `TARGETS` that the blocks have."""
+    leaves = {
+        path.rpartition(".")[2]
+        for path, module in model.get_submodule(BLOCKS).named_modules()
+        if isinstance(module, nn.Linear | QuantLinear)
+    }
+    return [name for name in TARGETS if name in leaves]
+
+
+def _bare(linear: LoRALinear | LoRAQuantLinear) -> nn.Module:
+    if isinstance(linear, LoRALinear):
+        return linear.bare()
+    return QuantLinear(linear.weight, bias=linear.bias)
+
+
+def _folder(name: str) -> str:
+    return f"{name}-modality"
+
+
+def _read_about(path: Path) -> tuple[int, ModalityConfig]:
+    """The placeholder token and the config that were saved."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        token, modality = int(values["token"]), dict(values["modality"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} does not describe a modality: {error!r}", fix="save the model again"
+        ) from error
+    return token, modality_from(modality)
