@@ -24,7 +24,10 @@ from phikit.models.modality import Modality, ModalityConfig, modality_from
 from phikit.models.multimodal import adapter_folder
 from phikit.nn.lora import (
     BLOCKS,
+    Adapted,
+    LoRAExpertLinear,
     LoRALinear,
+    LoRAQuantExpertLinear,
     LoRAQuantLinear,
     adapter_parameters,
     add_adapters,
@@ -33,7 +36,7 @@ from phikit.nn.lora import (
     merge_lora,
     route_of,
 )
-from phikit.nn.quantised import QuantLinear
+from phikit.nn.quantised import QuantExpertLinear, QuantLinear
 from phikit.weights.adapter import load_adapter, save_adapter
 from phikit.weights.build import mismatches
 from phikit.weights.safetensors_files import open_file, write_tensors
@@ -230,10 +233,14 @@ def _targets(model: Decoder) -> list[str]:
     return [name for name in TARGETS if name in leaves]
 
 
-def _bare(linear: LoRALinear | LoRAQuantLinear) -> nn.Module:
-    if isinstance(linear, LoRALinear):
+def _bare(linear: Adapted) -> nn.Module:
+    """The layer as it was before it had adapters."""
+    if isinstance(linear, LoRALinear | LoRAExpertLinear):
         return linear.bare()
-    return QuantLinear(linear.weight, bias=linear.bias)
+    if isinstance(linear, LoRAQuantLinear):
+        return QuantLinear(linear.weight, bias=linear.bias)
+    assert isinstance(linear, LoRAQuantExpertLinear)
+    return QuantExpertLinear(linear.weight)
 
 
 def _folder(name: str) -> str:

@@ -253,10 +253,10 @@ def test_a_question_about_an_image_and_a_clip(seeing: LanguageModel, tmp_path: P
     assert reply.tokens == seeing.generate(placed, max_new_tokens=4, **files).tokens
     request = seeing.request(asked, **files)
     assert request.media is not None
-    assert [len(part) for part in request.media.tokens] == [1, 1]
-    assert reply.prompt_tokens == len(seeing.request(asked).prompt) + sum(
-        map(sum, request.media.tokens)
-    )
+    images, audios, others, _ = request.media.tokens
+    assert [len(images), len(audios), len(others)] == [1, 1, 0]
+    taken = sum(images) + sum(audios)
+    assert reply.prompt_tokens == len(seeing.request(asked).prompt) + taken
     with pytest.raises(ChatError, match="need a conversation"):
         seeing.generate("what is this", **files)
     with pytest.raises(ChatError, match="there is no file"):
