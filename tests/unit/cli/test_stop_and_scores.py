@@ -1,5 +1,6 @@
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,19 @@ def test_a_module_is_named_as_one(monkeypatch: pytest.MonkeyPatch):
     assert command(["chat", "x"]) == f"{sys.executable} -m phikit.cli chat x"
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_command_that_is_stopped_leaves_nothing_half_written(name: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "on_ctrl_c"),
+    [
+        ("SIGINT", signal.default_int_handler),
+        ("SIGTERM", signal.default_int_handler),
+        ("SIGTERM", signal.SIG_IGN),  # as in a shell's background
+    ],
+)
+def test_a_command_that_is_stopped_leaves_nothing_half_written(
+    name: str, on_ctrl_c: Callable[..., object] | signal.Handlers, tmp_path: Path
+):
     before = signal.getsignal(signal.SIGTERM)
+    own = signal.signal(signal.SIGINT, on_ctrl_c)  # pyright: ignore[reportArgumentType]
 
     def write() -> None:
         with stoppable(kept="nothing is written"), fresh(tmp_path / "out") as place:
@@ -35,8 +46,11 @@ def test_a_command_that_is_stopped_leaves_nothing_half_written(name: str, tmp_pa
             signal.raise_signal(getattr(signal, name))
             pytest.fail("must have ended")
 
-    with pytest.raises(Interrupted, match="stopped; nothing is written"):
-        write()
+    try:
+        with pytest.raises(Interrupted, match="stopped; nothing is written"):
+            write()
+    finally:
+        signal.signal(signal.SIGINT, own)
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
 
