@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from experiments.grin.claim import Claim, Verdict
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from phikit.evals.plots import Palette, finish, legend
@@ -198,6 +199,9 @@ def draw(figure: Figure, palette: Palette, record: Mapping[str, Any]) -> None:
     for number, (name, errors) in enumerate(figures["errors"].items()):
         style = "--" if name.startswith("v2") else "-"
         axes.loglog(figures["scales"], errors, style, color=palette.series[1 + number], label=name)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.minorticks_off()
     axes.set_title("Error of the mean estimate, f a quartic")
     axes.set_xlabel("size of the experts' outputs", color=palette.muted)
     finish(axes, palette)
@@ -210,5 +214,5 @@ CLAIM = Claim(
     words=__doc__ or "",
     measure=measure,
     draw=draw,
-    size=(4.6, 3.2),
+    size=(6.4, 3.6),
 )
