@@ -143,6 +143,10 @@ class Adapted(nn.Module):
         self.route = route
         return self
 
+    def bare(self) -> nn.Module:
+        """The layer without its adapters, sharing its parameters."""
+        raise NotImplementedError
+
 
 class AdaptedRows(Adapted):
     """Adapters of a linear layer."""
@@ -208,7 +212,6 @@ class LoRALinear(AdaptedRows, Linear):
         return wrapped.adapt(route)
 
     def bare(self) -> Linear:
-        """The layer without its adapters, sharing its parameters."""
         plain = Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
@@ -228,7 +231,6 @@ class LoRAExpertLinear(AdaptedExperts, ExpertLinear):
         return wrapped.adapt(route)
 
     def bare(self) -> ExpertLinear:
-        """The experts without their adapters, sharing their weights."""
         with torch.device("meta"):
             plain = ExpertLinear(self.num_experts, *reversed(self.weight.shape[1:]))
         plain.weight = self.weight
@@ -238,9 +240,15 @@ class LoRAExpertLinear(AdaptedExperts, ExpertLinear):
 class LoRAQuantLinear(AdaptedRows, QuantLinear):
     """A quantised linear layer with named low-rank adapters in floating point."""
 
+    def bare(self) -> QuantLinear:
+        return QuantLinear(self.weight, bias=self.bias)
+
 
 class LoRAQuantExpertLinear(AdaptedExperts, QuantExpertLinear):
     """Quantised experts with named low-rank adapters in floating point."""
+
+    def bare(self) -> QuantExpertLinear:
+        return QuantExpertLinear(self.weight)
 
 
 PLAIN = (nn.Linear, QuantLinear, ExpertLinear, QuantExpertLinear)

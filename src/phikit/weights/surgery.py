@@ -24,11 +24,6 @@ from phikit.models.modality import Modality, ModalityConfig, modality_from
 from phikit.models.multimodal import adapter_folder
 from phikit.nn.lora import (
     BLOCKS,
-    Adapted,
-    LoRAExpertLinear,
-    LoRALinear,
-    LoRAQuantExpertLinear,
-    LoRAQuantLinear,
     adapter_parameters,
     add_adapters,
     choose_adapter,
@@ -36,7 +31,7 @@ from phikit.nn.lora import (
     merge_lora,
     route_of,
 )
-from phikit.nn.quantised import QuantExpertLinear, QuantLinear
+from phikit.nn.quantised import QuantLinear
 from phikit.weights.adapter import load_adapter, save_adapter
 from phikit.weights.build import mismatches
 from phikit.weights.safetensors_files import open_file, write_tensors
@@ -106,7 +101,7 @@ def detach(model: Decoder, name: str) -> None:
         if name in linear.adapters:
             del linear.adapters[name]
         if not len(linear.adapters):
-            model.set_submodule(path, _bare(linear))
+            model.set_submodule(path, linear.bare())
 
 
 def merge(model: Decoder, name: str) -> None:
@@ -231,16 +226,6 @@ def _targets(model: Decoder) -> list[str]:
         if isinstance(module, nn.Linear | QuantLinear)
     }
     return [name for name in TARGETS if name in leaves]
-
-
-def _bare(linear: Adapted) -> nn.Module:
-    """The layer as it was before it had adapters."""
-    if isinstance(linear, LoRALinear | LoRAExpertLinear):
-        return linear.bare()
-    if isinstance(linear, LoRAQuantLinear):
-        return QuantLinear(linear.weight, bias=linear.bias)
-    assert isinstance(linear, LoRAQuantExpertLinear)
-    return QuantExpertLinear(linear.weight)
 
 
 def _folder(name: str) -> str:
