@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from experiments.grin.c2 import AsTransformers
 from torch import Tensor
 
 from phikit.nn.moe.estimator import ESTIMATORS, Estimator, Picked, RandomDraws, sparse_mixer
@@ -345,21 +346,6 @@ def test_at_the_published_threshold_a_new_router_hardly_learns():
 # --- The released code ----------------------------------------------------------------------------
 
 
-class Theirs:
-    """The numbers that transformers draws, in its order; before the second coin it wastes one."""
-
-    def __init__(self) -> None:
-        self.coins = 0
-
-    def exponential(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like).exponential_()
-
-    def uniform(self, like: Tensor) -> Tensor:
-        self.coins += 1
-        coin = torch.rand_like(like)
-        return coin if self.coins == 1 else coin.uniform_()
-
-
 @pytest.mark.parametrize("jitter_eps", [0.01, 0.1, 0.5])
 def test_equal_to_transformers(jitter_eps: float):
     """Same choices, same gates where the full output ran, 0.3333 for 1/3 elsewhere."""
@@ -371,7 +357,7 @@ def test_equal_to_transformers(jitter_eps: float):
     torch.manual_seed(5)
     gates, ids = phimoe.sparsemixer(theirs, jitter_eps=jitter_eps, training=True)
     torch.manual_seed(5)
-    picked = sparse_mixer(ours, num_choices=2, jitter_eps=jitter_eps, draws=Theirs())
+    picked = sparse_mixer(ours, num_choices=2, jitter_eps=jitter_eps, draws=AsTransformers())
     assert torch.equal(picked.ids_TC, ids)
     shares = torch.stack(picked.shares, 1).gather(-1, ids[..., None])[..., 0]
     is_full = picked.gates_TC == shares

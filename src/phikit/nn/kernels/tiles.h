@@ -25,7 +25,6 @@
 constexpr int64_t SIDE = 16;           // rows of a tile
 constexpr int64_t DEPTH = 32;          // columns that one product of tiles takes
 constexpr int64_t BAND = 2 * SIDE;     // rows of W, or of x, that are taken together
-constexpr int64_t WORDS = SIDE * SIDE; // of four bytes in a tile
 
 // Whether the processor has the unit and the system lets this process use it.
 inline bool tiles_ready() {
