@@ -70,16 +70,22 @@ def renew(text: str) -> str:
     return text
 
 
-def results(pipeline: str) -> dict[str, Any]:
-    """What `benchmarks/seeds.py` measured."""
-    return json.loads((RESULTS / f"{pipeline}.json").read_text(encoding="utf-8"))
+def results(name: str) -> dict[str, Any]:
+    """What was measured and stored under a name; empty before that."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def unmeasured(command: str) -> str:
+    """What stands in place of figures that nobody has measured."""
+    return f"Not measured yet; `python -m benchmarks.{command}` does.\n"
 
 
 def stage_table(pipeline: str) -> str:
     """Every stage over the seeds: means, spread between seeds, paired differences of each seed."""
-    if not (RESULTS / f"{pipeline}.json").exists():
-        return f"Not measured yet; `python -m benchmarks.seeds {pipeline}` does.\n"
-    runs = results(pipeline)["runs"]
+    runs = results(pipeline).get("runs")
+    if runs is None:
+        return unmeasured(f"seeds {pipeline}")
     lines = [
         "| Stage | Seconds | Tokens trained | Accuracy, greedy | pass@1, T = 0.6 | Length "
         "| Paired change of each seed, greedy, 95 % interval | The same at T = 0.6 |",
@@ -171,8 +177,7 @@ def limits_table() -> str:
 
 def family_table() -> str:
     """Every family of the registry, with what `benchmarks/parity.py` measured."""
-    file = RESULTS / "parity.json"
-    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"families": {}}
+    measured = results("parity") or {"families": {}}
     lines = [
         "| `model_type` | Code | Logits | Gradients | Greedy tokens | Saved, read there "
         "| GGUF | Adapter, read by peft |",
@@ -258,17 +263,18 @@ def cell(value: Any) -> str:
 
 def draw() -> None:
     """The pictures of README, in both colour schemes, from the first seed."""
-    if not (RESULTS / "nano_reasoner.json").exists():
+    runs = results("nano_reasoner").get("runs")
+    if runs is None:
         return
     IMAGES.mkdir(parents=True, exist_ok=True)
-    first = {"stages": results("nano_reasoner")["runs"][0]["stages"]}
+    first = {"stages": runs[0]["stages"]}
     for scheme in ("light", "dark"):
         chart(first, IMAGES / f"nano_reasoner-{scheme}.svg", dark=scheme == "dark")
 
 
 def training_benchmark() -> str:
     """What `benchmarks/train.py` measured: medians over rounds that took turns."""
-    record = json.loads((RESULTS / "benchmark_train.json").read_text(encoding="utf-8"))
+    record = results("benchmark_train")
     lines = [
         "| | | phikit | TRL, fastest variant | ratio of medians | in rounds | peak memory, MiB |",
         "|:--|:--|--:|--:|--:|--:|--:|",
@@ -287,10 +293,9 @@ def training_benchmark() -> str:
 
 def quantisation_table() -> str:
     """What `benchmarks/quantise.py` measured: every way of quantising beside the original."""
-    file = RESULTS / "quantisation.json"
-    if not file.exists():
-        return "Not measured yet; `python -m benchmarks.quantise` does.\n"
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = results("quantisation")
+    if not record:
+        return unmeasured("quantise")
     lines = [
         "| Bits | Method | Bits of embeddings and head | Megabytes | Perplexity | KL a token, nats "
         "| The same on other text | Same likeliest token | Accuracy | CPU seconds |",
@@ -332,7 +337,7 @@ def share(summary: dict[str, Any]) -> str:
 
 def full_size() -> str:
     """What `benchmarks/full_size.py` measured, medians over rounds."""
-    rounds = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))["rounds"]
+    rounds = results("full_size")["rounds"]
     names = {
         "load_seconds": "load, seconds",
         "peak_gb": "peak memory after loading, GB",
@@ -350,9 +355,9 @@ def full_size() -> str:
 
 def decoding_benchmark() -> str:
     """What `benchmarks/decode.py` measured on SmolLM2: a table of sides, and one of targets."""
-    record = decode_results().get("smollm2")
+    record = results("decode").get("smollm2")
     if record is None:
-        return "Not measured yet; `python -m benchmarks.decode` does.\n"
+        return unmeasured("decode")
     sides = [
         "| | side | tokens / s, median | lowest–highest | peak memory, MiB |",
         "|:--|:--|--:|--:|--:|",
@@ -391,9 +396,9 @@ def target_row(name: str, target: dict[str, Any]) -> str:
 
 def geometry_benchmark() -> str:
     """What `benchmarks/decode.py --geometry phi4-mini` measured."""
-    record = decode_results().get("geometry")
+    record = results("decode").get("geometry")
     if record is None:
-        return "Not measured yet; `python -m benchmarks.decode --geometry phi4-mini` does.\n"
+        return unmeasured("decode --geometry phi4-mini")
     lines = [
         "| | tokens / s | GB read for a token | share of memory's speed | in rounds | wanted "
         "| peak memory, GB |",
@@ -417,17 +422,11 @@ def geometry_benchmark() -> str:
     return "\n".join([*lines, "", words, ""])
 
 
-def decode_results() -> dict[str, Any]:
-    file = RESULTS / "decode.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
 def rollout_benchmark() -> str:
     """What `benchmarks/rollout.py` measured."""
-    file = RESULTS / "rollout.json"
-    if not file.exists():
-        return "Not measured yet; `python -m benchmarks.rollout` does.\n"
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = results("rollout")
+    if not record:
+        return unmeasured("rollout")
     row = record["row"]
     lines = [
         "| | tokens / s, median | lowest–highest | drawing tokens | peak memory, MiB |",
@@ -446,10 +445,9 @@ def rollout_benchmark() -> str:
 
 def router_table() -> str:
     """What `benchmarks/router.py` measured: every signal at its threshold from validation."""
-    file = RESULTS / "router.json"
-    if not file.exists():
-        return "Not measured yet; `python -m benchmarks.router` does.\n"
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = results("router")
+    if not record:
+        return unmeasured("router")
     lines = [
         "| Signal | Threshold | To the cloud | Accuracy | Of the gap, 95 % interval "
         "| The local model alone | The cloud alone |",
