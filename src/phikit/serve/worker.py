@@ -5,12 +5,14 @@ into an inbox, taken up between two steps, and their events handed to the stream
 is never waited for by the engine: a stream keeps what its reader has not taken, which is bounded by
 the length of the reply. So a slow reader, or one that has gone, holds up nobody.
 
-Readers in an event loop are woken once a step, all together: a wake-up is a system call, and at a
-hundred streams one for each would cost more than the step.
+Readers are woken together, for a first token and for an end at once and else no more often than a
+person sees: each time costs a chunk of HTTP, which takes a core from the step. So many streams come
+in larger pieces, as with the `stream_interval` of vLLM and SGLang, and one stream token by token.
 """
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
@@ -25,6 +27,10 @@ from phikit.serve.errors import ClosingError, QueueFullError
 MAX_QUEUE = 256
 """Default bound on requests that wait for their first token."""
 RETRY_AFTER_S = 2
+WAKES_PER_S = 100
+"""How often readers are woken, all streams together."""
+LONGEST_HOLD_S = 0.1
+"""A token is not held longer than this and one step, however many streams there are."""
 
 T = TypeVar("T")
 
@@ -68,6 +74,8 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
         self._is_heard = False
         """Its first token has come."""
+        self._is_urgent = False
+        """It has news that its reader is to have at once."""
 
     @property
     def done(self) -> bool:
@@ -161,7 +169,10 @@ class EngineWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._streams: dict[Ticket, Stream] = {}
-        self._woken: set[Stream] = set()
+        self._news: set[Stream] = set()
+        """Streams whose readers have something to take that they were not woken for."""
+        self._rest_until = 0.0
+        """Till when only urgent news is told, on the monotonic clock."""
         self._waiting = self._requests = self._prompt_tokens = self._sampled_tokens = 0
         self._is_closing = self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -306,7 +317,7 @@ class EngineWorker:
                 continue
             self._hear(stream)
             stream._events.append(event)
-            self._woken.add(stream)
+            self._news.add(stream)
         for ticket, stream in [(t, s) for t, s in self._streams.items() if t.done]:
             self._finish(stream, "done", ticket.error)
 
@@ -328,19 +339,20 @@ class EngineWorker:
         if stream.ticket is not None:
             self._streams.pop(stream.ticket, None)
         stream._end(state, error)
-        self._woken.add(stream)
+        stream._is_urgent = True
+        self._news.add(stream)
 
     def _hear(self, stream: Stream) -> None:
         """A stream waits no longer."""
         if not stream._is_heard:
-            stream._is_heard = True
+            stream._is_heard = stream._is_urgent = True
             with self._changed:
                 self._waiting -= 1
 
     def _wake_readers(self) -> None:
-        woken, self._woken = self._woken, set()
         by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
-        for stream in woken:
+        for stream in self._due():
+            stream._is_urgent = False
             if stream._loop is None:
                 stream._notify()
             else:
@@ -348,6 +360,17 @@ class EngineWorker:
         for loop, streams in by_loop.items():
             with suppress(RuntimeError):  # the loop has been closed, and its readers with it
                 loop.call_soon_threadsafe(_wake_all, streams)
+
+    def _due(self) -> set[Stream]:
+        """The streams whose readers are to be woken now."""
+        now = time.monotonic()
+        if now >= self._rest_until:
+            self._rest_until = now + min(LONGEST_HOLD_S, len(self._streams) / WAKES_PER_S)
+            due = self._news
+        else:
+            due = {stream for stream in self._news if stream._is_urgent}
+        self._news = self._news - due
+        return due
 
 
 def _wake_all(streams: list[Stream]) -> None:

@@ -49,7 +49,7 @@ def test_chat_whole_and_in_pieces(client: ollama.Client, house: House):
     pieces = list(client.chat(model="tiny", messages=ASK, options=GREEDY, stream=True))
     assert "".join(piece.message.content or "" for piece in pieces) == expected.text
     assert [piece.done for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert len(pieces) > 5 and pieces[-1].eval_count == len(expected.tokens)
+    assert len(pieces) > 1 and pieces[-1].eval_count == len(expected.tokens)
 
 
 def test_generate_through_the_template_and_raw(client: ollama.Client, house: House):

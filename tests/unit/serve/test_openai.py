@@ -81,7 +81,7 @@ def test_a_stream_says_the_same_in_pieces(client: OpenAI, house: House):
     assert chunks[-2].choices[0].finish_reason == expected.finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(expected.tokens)
-    assert len(chunks) > 10
+    assert len(chunks) > 3  # a role, a first token, an end, the counts
     assert len({chunk.id for chunk in chunks}) == 1
 
 

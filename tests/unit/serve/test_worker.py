@@ -2,14 +2,17 @@
 
 import asyncio
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 
 from phikit.base.errors import ContextOverflowError
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
+from phikit.generate.sequence import Event
 from phikit.serve.errors import ClosingError, QueueFullError
-from phikit.serve.worker import EngineWorker
+from phikit.serve.worker import WAKES_PER_S, EngineWorker, Stream
 
 LONG = Request([1, 2, 3], 100, temperature=0.0)
 
@@ -58,6 +61,39 @@ def test_streams_read_in_an_event_loop(worker: EngineWorker, engine: Engine):
 
     counts = asyncio.run(read_all())
     assert counts == [sum(len(c.tokens) for c in completions) for completions in expected]
+
+
+def test_readers_are_woken_only_so_often_and_at_once_for_a_beginning_and_an_end(
+    worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+):
+    woken: list[int] = []
+    wake = Stream._wake
+    monkeypatch.setattr(Stream, "_wake", lambda self: (woken.append(id(self)), wake(self))[1])
+    streams = [worker.submit(replace(LONG, seed=i)) for i in range(8)]
+    began = time.monotonic()
+
+    async def read(stream: Stream) -> list[int]:
+        return [len(events) async for events in stream.batches()]
+
+    async def read_all() -> list[list[int]]:
+        return await asyncio.gather(*map(read, streams))
+
+    pieces = asyncio.run(read_all())
+    seconds = time.monotonic() - began
+    assert all(sum(of_one) == 100 for of_one in pieces)
+    assert len(woken) <= seconds * WAKES_PER_S + 3 * len(streams)
+    assert 2 * len(streams) <= sum(map(len, pieces)) < 800
+
+
+def test_one_stream_at_a_time_is_told_before_its_end(worker: EngineWorker):
+    """A first token is never held until the reply is whole."""
+
+    async def first() -> list[Event]:
+        async for events in worker.submit(LONG).batches():
+            return events
+        return []
+
+    assert len(asyncio.run(first())) < 100
 
 
 def test_a_reader_that_takes_nothing_holds_up_nobody(worker: EngineWorker):
