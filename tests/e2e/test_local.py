@@ -273,7 +273,7 @@ def test_export_of_a_quantised_model(phikit: Phikit, loaded: Loaded):
     assert "Q4_0" in phikit("show", "int4.gguf").stdout
 
 
-def test_a_shell_completes_verbs_and_models(
+def test_a_shell_completes_verbs_models_and_recipes(
     shell: Phikit, pulled: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def completed(line: str) -> list[str]:
@@ -285,4 +285,6 @@ def test_a_shell_completes_verbs_and_models(
     for verb in ("show", "bench", "quantize", "serve", "eval", "export"):
         assert completed(f"phikit {verb} so") == [pulled], verb
     assert completed("phikit report ru") == ["runs/tiny"]
+    assert completed("phikit run nano") == ["nano_reasoner"]
+    assert completed("phikit train nano_reasoner.p") == ["nano_reasoner.pretrain"]
     assert complete_served("mine=so") == [f"mine={pulled}"]

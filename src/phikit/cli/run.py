@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phikit.base.errors import ConfigError, RunError
-from phikit.cli.settings import leaves, resolve, saved
+from phikit.cli.settings import complete_recipe, complete_stage, leaves, resolve, saved
 from phikit.cli.stop import command, stoppable
 
 if TYPE_CHECKING:
@@ -51,7 +51,13 @@ From = Annotated[
 
 def run(
     pipeline: Annotated[
-        str | None, typer.Argument(metavar="PIPELINE", show_default=False, help="See recipes.")
+        str | None,
+        typer.Argument(
+            metavar="PIPELINE",
+            show_default=False,
+            help="See recipes.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     assignments: Set = None,
     dry_run: DryRun = False,
@@ -67,7 +73,12 @@ def run(
 
 def train(
     stage: Annotated[
-        str, typer.Argument(metavar="PIPELINE.STAGE", help="Such as nano_reasoner.sft.")
+        str,
+        typer.Argument(
+            metavar="PIPELINE.STAGE",
+            help="Such as nano_reasoner.sft.",
+            autocompletion=complete_stage,
+        ),
     ],
     assignments: Set = None,
     dry_run: DryRun = False,

@@ -29,6 +29,22 @@ def recipe(name: str) -> "PipelineConfig":
     return PIPELINES[name]()
 
 
+def complete_recipe(typed: str) -> list[str]:
+    """What a shell offers for a pipeline."""
+    from phikit.recipes import PIPELINES
+
+    return [name for name in PIPELINES if name.startswith(typed)]
+
+
+def complete_stage(typed: str) -> list[str]:
+    """What a shell offers for PIPELINE.STAGE: pipelines, and after the dot the stages of one."""
+    name, dot, stage = typed.partition(".")
+    if not dot:
+        return [f"{found}." for found in complete_recipe(typed)]
+    stages = [each.name for each in recipe(name).stages]
+    return [f"{name}.{each}" for each in stages if each.startswith(stage)]
+
+
 def saved(path: Path) -> dict[str, Any]:
     """The pipeline config in a `config.json`, or in the run folder that holds one, as plain data.
 

@@ -26,6 +26,9 @@ class UnknownModelError(PhikitError):
 class ClosingError(PhikitError):
     """The server, or the model, is going away and takes no more requests."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down", fix="ask again in a moment")
+
 
 class ModelUnavailableError(PhikitError):
     """A model that this server has, and cannot load."""

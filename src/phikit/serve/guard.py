@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from phikit.serve.errors import ClientGoneError
+from phikit.serve.errors import ClientGoneError, ClosingError
 from phikit.serve.faults import Fault, fault_of
 from phikit.serve.keys import Keys
 from phikit.serve.limits import Limits
@@ -95,6 +95,10 @@ class Guard:
                 await self._app(scope, _replay(bytes(body), receive), answer.send)
         except ClientGoneError as gone:
             log.info("%s: %s", path, gone)
+        except asyncio.CancelledError:
+            # uvicorn's patience with what runs has ended, and it would say a plain 500.
+            await answer.refuse(fault_of(ClosingError()), path)
+            raise
         except Exception as error:
             # A reader that was given up shows as many kinds of error, all expected.
             if not answer.is_given_up:

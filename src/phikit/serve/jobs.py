@@ -113,7 +113,7 @@ class Job:
                 fix="ask for fewer tokens, or stream",
             )
         if any(c.finish_reason == "cancelled" for s in self.streams for c in s.completions):
-            raise ClosingError("the server is shutting down", fix="ask again in a moment")
+            raise ClosingError
 
     async def completions(self) -> list[list[Completion]]:
         """The samples of each prompt, when all are done; raises as `hear`."""

@@ -148,7 +148,7 @@ class ModelShelf:
             raise UnknownModelError(f"there is no model {name!r} here", fix=fix)
         with self._lock:
             if self._is_closed:
-                raise ClosingError("the server is shutting down", fix="ask again in a moment")
+                raise ClosingError
             model = self._models.get(name)
             if model is not None:
                 model.users += 1

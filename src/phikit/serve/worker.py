@@ -256,7 +256,7 @@ class EngineWorker:
 
     def _check_open(self) -> None:
         if self._is_closing:
-            raise ClosingError("the server is shutting down", fix="ask again in a moment")
+            raise ClosingError
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._changed:

@@ -143,14 +143,17 @@ def test_a_server_that_stops_lets_replies_finish_or_cuts_them(tiny):
     shelf = ModelShelf({"tiny": at_hand(tiny)}, make_engine=small_engine)
     with running(shelf, limits=Limits(shutdown_s=3)) as url:
         house = House(url, shelf, tiny)
-        short, long = dial(house), dial(house)
+        short, long, whole = dial(house), dial(house), dial(house)
+        endless = {"max_tokens": 900, "stop": "never said", "n": 16}
         short.sendall(raw_request(body(1, max_tokens=5, stream=False)))
-        long.sendall(raw_request(body(2, max_tokens=900, stop="never said", n=16)))
+        long.sendall(raw_request(body(2, **endless)))
+        whole.sendall(raw_request(body(3, **endless, stream=False)))
         assert long.recv(100)
         engine = house.engine
         started = time.monotonic()
     assert time.monotonic() - started < 20
     assert b'"finish_reason"' in short.recv(65536)
+    assert whole.recv(65536).startswith(b"HTTP/1.1 503")
     assert engine.pool.available == engine.pool.size
-    short.close()
-    long.close()
+    for wire in (short, long, whole):
+        wire.close()
