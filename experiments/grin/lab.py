@@ -40,15 +40,20 @@ class Lab:
 
     def estimate(self, plan: Plan) -> str:
         """How many runs are to be done, and about how long they take here and now."""
-        seconds = {arm: seconds_of(config, self.data) for arm, config in plan.arms.items()}
-        starts = {c.start for c in self._known(plan) if c.start is not None}
-        left = plan.num_runs - len([c for c in self._known(plan) if outcome(c, self.runs)])
-        longest = fmean(seconds.values())
-        total = left * longest / self.jobs
-        words = f"at most {left} of {plan.num_runs} runs to do, {longest:.0f} s each"
-        if starts:
-            words += ", and runs that they go on from"
-        return f"{words}: about {total / 60:.0f} minutes in {self.jobs} processes"
+        known = {arm: self._known(plan, arm) for arm in plan.arms}
+        left = {
+            arm: plan.num_runs // len(plan.arms) - sum(self._is_done(c) for c in configs)
+            for arm, configs in known.items()
+        }
+        seconds = sum(
+            count * seconds_of(plan.arms[arm], self.data) for arm, count in left.items() if count
+        )
+        starts = {c.start for configs in known.values() for c in configs if c.start is not None}
+        seconds += sum(seconds_of(c, self.data) for c in starts if not self._is_done(c))
+        return (
+            f"at most {sum(left.values())} of {plan.num_runs} runs to do: "
+            f"about {seconds / self.jobs / 60:.0f} minutes in {self.jobs} processes"
+        )
 
     def findings(self, plan: Plan) -> Findings:
         """Tune every arm, then run it on the test seeds."""
@@ -87,7 +92,7 @@ class Lab:
         starts = [config.start for config in wanted if config.start is not None]
         if starts:
             self.run_all(starts)
-        left = list(dict.fromkeys(c for c in wanted if outcome(c, self.runs) is None))
+        left = list(dict.fromkeys(c for c in wanted if not self._is_done(c)))
         if not left:
             return
         tasks, started = [(config, self.runs) for config in left], time.perf_counter()
@@ -102,14 +107,16 @@ class Lab:
         assert found is not None
         return found
 
-    def _known(self, plan: Plan) -> list[StudyConfig]:
-        """The runs that can be named before anything is chosen."""
-        sweep = plan.sweeps[0]
+    def _is_done(self, config: StudyConfig) -> bool:
+        return outcome(config, self.runs) is not None
+
+    def _known(self, plan: Plan, arm: str) -> list[StudyConfig]:
+        """The runs of an arm that can be named before anything is chosen."""
+        config = plan.arms[arm]
         return [
-            config
-            for arm, trials in sweep.trials.items()
-            for trial in trials
-            for config in seeded(plan.arms[arm], [trial], plan.tuning_seeds)
+            run
+            for trial in plan.sweeps[0].trials[arm]
+            for run in seeded(config, [trial], plan.tuning_seeds)
         ]
 
 

@@ -90,7 +90,6 @@ def _arms(record: Mapping[str, Any]) -> str:
         "max_vio": "MaxVio",
         "similarity": "Similarity of domains",
         "single": "Single candidate",
-        "seconds": "Seconds a run",
     }
     runs = record["runs"]
     shown = [
@@ -101,13 +100,24 @@ def _arms(record: Mapping[str, Any]) -> str:
         "|:--|:--|" + "--:|" * len(shown),
     ]
     for arm, of_arm in runs.items():
-        cells = [arm, ", ".join(record["chosen"][arm])]
+        cells = [arm, _chosen(record, arm)]
         for key in shown:
             values = [run[key] for run in of_arm if run[key] is not None]
-            digits = 0 if key == "seconds" else 4
-            cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "–")
+            cells.append(f"{sum(values) / len(values):.4f}" if values else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _chosen(record: Mapping[str, Any], arm: str) -> str:
+    """The arm's settings; one at an end of what was tried may have a better one beyond it."""
+    words = []
+    for value, tried in zip(
+        record["chosen"][arm], (sweep[arm] for sweep in record["tuning"].values()), strict=True
+    ):
+        end = {next(iter(tried)): "first", next(reversed(tried)): "last"}.get(value)
+        is_edge = end is not None and len(set(tried)) > 1
+        words.append(f"{value} (the {end} tried)" if is_edge else value)
+    return ", ".join(words)
 
 
 def _comparisons(comparisons: list[Mapping[str, Any]]) -> str:

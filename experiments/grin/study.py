@@ -275,12 +275,18 @@ def _shares(seen: list[Routing]) -> list[float]:
     return (load_E / load_E.sum()).tolist()
 
 
-def seconds_of(config: StudyConfig, data: Data, *, steps: int = 8) -> float:
-    """About what the run would take here and now by itself, from a few steps of it."""
+def seconds_of(config: StudyConfig, data: Data, *, steps: int = 12) -> float:
+    """About what the run would take here and now by itself, from two short ones.
+
+    Both look and save as often as a long run; so what they differ in is steps.
+    """
+    short, long = (_seconds(config, data, steps=count) for count in (steps, 2 * steps))
+    return short + (long - short) * (config.steps - steps) / steps
+
+
+def _seconds(config: StudyConfig, data: Data, *, steps: int) -> float:
     trial = config.model_copy(update={"steps": steps, "start": None, "upcycle": None})
     with TemporaryDirectory() as folder:
         started = time.perf_counter()
-        found = run(trial, Path(folder), data)
-        rest = time.perf_counter() - started - found["seconds"]
-    # A run looks at the held-out rows as often as its trial did.
-    return rest + found["seconds"] * config.steps / steps
+        run(trial, Path(folder), data)
+        return time.perf_counter() - started
