@@ -1,5 +1,7 @@
 """Threads, dtypes, ranks and memory: the few facts about the machine that the rooms share."""
 
+import ctypes
+import platform
 import resource
 import sys
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ import torch
 from phikit.base.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,18 @@ def set_threads(count: int | None) -> int:
             )
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that tensors leave, up to a gigabyte, for the next ones.
+
+    glibc gives large blocks back to the system at once and gets them anew a moment later, page by
+    page: a tenth of the time of a small training step. Nothing happens with other libraries.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(setting, 1 << 30)
 
 
 def parse_dtype(name: str) -> torch.dtype:

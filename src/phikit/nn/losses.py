@@ -2,8 +2,9 @@
 
 Logits of shape tokens x vocabulary dominate the memory of training a small model. Here they exist
 only for a chunk of tokens at a time: the forward pass keeps one number per token (the log-sum-exp),
-the backward pass recomputes the chunk. Every objective is built on this one function: cross-entropy
-is its negative, DPO sums it over replies, policy gradients weigh it.
+the backward pass recomputes the chunk. Only the last chunk is kept, whose memory the backward pass
+would need again at once; a small batch is one chunk. Every objective is built on this one function:
+cross-entropy is its negative, DPO sums it over replies, policy gradients weigh it.
 """
 
 from typing import Any
@@ -31,21 +32,21 @@ class _TokenLogProbs(torch.autograd.Function):
         wants_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-        norms, chosen, entropies = [], [], []
+        norms, chosen, entropies, log_probs = [], [], [], None
         for start in range(0, len(x_ND), chunk):
-            logits = F.linear(x_ND[start : start + chunk], weight_VD, bias_V)
-            logits = logits.float().div_(temperature)
+            logits = _logits(x_ND[start : start + chunk], weight_VD, bias_V, temperature)
             targets = targets_N[start : start + chunk, None]
             norm = logits.logsumexp(-1)
-            chosen.append(logits.gather(-1, targets)[:, 0] - norm)
+            log_probs = logits.sub_(norm[:, None])
+            chosen.append(log_probs.gather(-1, targets)[:, 0])
             if wants_entropy:
-                log_probs = logits.sub_(norm[:, None])
                 if bias_V is not None:  # -inf rules a token out, and 0 * -inf is not a number
                     log_probs.clamp_(min=torch.finfo(torch.float32).min)
                 entropies.append(-(log_probs.exp() * log_probs).sum(-1))
             norms.append(norm)
         empty = x_ND.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N, torch.cat([empty, *norms]))
+        norms_N = torch.cat([empty, *norms])
+        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N, norms_N, log_probs)
         ctx.temperature, ctx.chunk = temperature, chunk
         entropy_N = torch.cat([empty, *entropies])
         ctx.mark_non_differentiable(entropy_N)
@@ -55,7 +56,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_N: Tensor, _: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        x_ND, weight_VD, bias_V, targets_N, norms_N = ctx.saved_tensors
+        x_ND, weight_VD, bias_V, targets_N, norms_N, last = ctx.saved_tensors
         grad_x = torch.empty_like(x_ND)
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
@@ -64,9 +65,13 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
         for start in range(0, len(x_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits = F.linear(x_ND[rows], weight_VD, bias_V).float().div_(ctx.temperature)
+            if start + ctx.chunk < len(x_ND):
+                logits = _logits(x_ND[rows], weight_VD, bias_V, ctx.temperature)
+                probs = logits.sub_(norms_N[rows, None]).exp_()
+            else:
+                probs = last.exp()
             scale = -grad_N[rows, None] / ctx.temperature
-            grad = logits.sub_(norms_N[rows, None]).exp_().mul_(scale)
+            grad = probs.mul_(scale)
             grad.scatter_add_(1, targets_N[rows, None], -scale)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
@@ -79,6 +84,11 @@ class _TokenLogProbs(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(weight_VD.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _logits(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    logits = F.linear(x_ND, weight_VD, bias_V).float()
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def token_log_probs(

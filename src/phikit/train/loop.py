@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from phikit.base.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from phikit.base.config import Config
+from phikit.base.device import keep_memory
 from phikit.base.errors import Interrupted, NumericsError
 from phikit.base.metrics import Tracker
 from phikit.base.progress import Progress
@@ -89,6 +90,7 @@ def train(
     Interrupted on Ctrl-C, after saving.
     """
     refuse_quantised(model, "training it")
+    keep_memory()
     session = RouterSession(model, config.routing, seed=seed)
     optimiser = Optimiser(model.named_parameters(), config.optim)
     totals = _resume(optimiser, session, run)

@@ -82,7 +82,9 @@ class RandomDraws:
         self._generator = generator
 
     def exponential(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like).exponential_(generator=self._generator)
+        # `exponential_` takes four times as long. A uniform number of float32 is a multiple of
+        # 2**-24, and 0 one of them.
+        return self.uniform(like).clamp_(min=2.0**-25).log_().neg_()
 
     def uniform(self, like: Tensor) -> Tensor:
         return torch.empty_like(like).uniform_(generator=self._generator)
@@ -132,17 +134,19 @@ def sparse_mixer(
             and as the chain rule has it) or by `weight` p_D, whatever part ran (`paper`).
         draws: chance.
     """
-    left_TE = scores_TE
+    known_TE = left_TE = scores_TE.detach()
     gates: list[Tensor] = []
     ids: list[Tensor] = []
     shares: list[Tensor] = []
     parts: list[Tensor] = []
     for _ in range(num_choices):
-        best_T1, chosen_T1 = left_TE.detach().max(-1, keepdim=True)
-        masked_TE = left_TE
+        best_T1, chosen_T1 = left_TE.max(-1, keepdim=True)
+        logits_TE = left_TE
         if jitter_eps is not None:
-            far_TE = _is_far(scores_TE.detach(), best_T1, jitter_eps)
-            masked_TE = left_TE.masked_fill(far_TE, float("-inf"))
+            far_TE = _is_far(known_TE, best_T1, jitter_eps)
+            logits_TE = left_TE.masked_fill(far_TE, float("-inf"))
+        # Adds 0 or -inf: masking in the graph would mask gradients that are 0 anyhow.
+        masked_TE = scores_TE + (logits_TE - known_TE)
         if estimator.temperature != 1:
             masked_TE = masked_TE / estimator.temperature
         shares_TE = masked_TE.softmax(-1)

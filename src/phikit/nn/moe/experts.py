@@ -72,16 +72,64 @@ def looped_product(x_A: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([F.linear(x, w) for x, w in zip(parts, weight_EOI.unbind(), strict=True)])
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return x.view_as(x)
+class _Spread(torch.autograd.Function):
+    """Rows of tokens to rows of assignments, sorted by expert."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return grad * scale, None
+    def forward(ctx: Any, x_TD: Tensor, tokens_A: Tensor, places_TC: Tensor) -> Tensor:
+        ctx.save_for_backward(places_TC)
+        return x_TD.index_select(0, tokens_A)
+
+    @staticmethod
+    def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor, None, None]:
+        (places_TC,) = ctx.saved_tensors
+        return _sum_of_choices(grad_AD, places_TC), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows of assignments to rows of tokens: the sum of a token's, each times its gate.
+
+    `scale_TC`, where given, multiplies the gradient that enters the experts and nothing else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_AD: Tensor,
+        gates_TC: Tensor,
+        scale_TC: Tensor | None,
+        tokens_A: Tensor,
+        places_TC: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(y_AD, gates_TC, scale_TC, tokens_A, places_TC)
+        return _sum_of_choices(y_AD, places_TC, gates_TC)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        y_AD, gates_TC, scale_TC, tokens_A, places_TC = ctx.saved_tensors
+        wide = torch.promote_types(grad_TD.dtype, gates_TC.dtype)
+        grad_AD = grad_TD.index_select(0, tokens_A).to(wide)
+        grad_gates_TC = None
+        if ctx.needs_input_grad[1]:
+            grad_gates_TC = (grad_AD * y_AD).sum(-1)[places_TC]
+        factors_TC = gates_TC if scale_TC is None else gates_TC * scale_TC
+        factors_A = torch.empty_like(factors_TC.flatten())
+        factors_A[places_TC.flatten()] = factors_TC.flatten()
+        return grad_AD.mul_(factors_A[:, None]).to(y_AD.dtype), grad_gates_TC, None, None, None
+
+
+def _sum_of_choices(rows_AD: Tensor, places_TC: Tensor, gates_TC: Tensor | None = None) -> Tensor:
+    """[T, D]: a token's rows, times its gates, added in the order of its choices and in float32 or
+    wider. Nothing is scattered, so the result is deterministic."""
+    wide = torch.promote_types(rows_AD.dtype, torch.float32)
+    parts = [rows_AD.index_select(0, places_T).to(wide) for places_T in places_TC.unbind(1)]
+    if gates_TC is not None:
+        for part_TD, gate_T1 in zip(parts, gates_TC.split(1, 1), strict=True):
+            part_TD.mul_(gate_T1)
+    total_TD = parts[0]
+    for part_TD in parts[1:]:
+        total_TD.add_(part_TD)
+    return total_TD.to(rows_AD.dtype)
 
 
 class Experts(nn.Module):
@@ -103,29 +151,24 @@ class Experts(nn.Module):
 
         `expert_scale_TC` multiplies the gradient that enters the experts, and nothing else.
         """
-        is_alone = len(x_TD) == 1
-        y_TCD = (self._one_token if is_alone else self._sorted)(x_TD, ids_TC)
-        if expert_scale_TC is not None:
-            scale_TC1 = expert_scale_TC[..., None].to(y_TCD.dtype)
-            y_TCD = _ScaleGradient.apply(y_TCD, scale_TC1)
-        if is_alone:
-            return gates_TC.to(y_TCD.dtype) @ y_TCD[0]
-        # Gates in float32 are not rounded before they are multiplied.
-        return (y_TCD * gates_TC[..., None]).sum(1).to(y_TCD.dtype)
+        if len(x_TD) == 1 and expert_scale_TC is None:
+            return self._one_token(x_TD, ids_TC, gates_TC)
+        order_A = ids_TC.flatten().argsort(stable=True)
+        places_TC = torch.empty_like(order_A)
+        places_TC[order_A] = torch.arange(len(order_A), device=order_A.device)
+        places_TC = places_TC.view_as(ids_TC)
+        tokens_A = order_A // ids_TC.shape[1]
+        loads_E = torch.bincount(ids_TC.flatten(), minlength=self.down_proj.num_experts)
+        ends_E = loads_E.cumsum(0).int()
+        x_AD = _Spread.apply(x_TD, tokens_A, places_TC)
+        y_AD = self.down_proj(gated_silu(self.gate_up_proj(x_AD, ends_E)), ends_E)
+        return _Combine.apply(y_AD, gates_TC, expert_scale_TC, tokens_A, places_TC)
 
-    def _sorted(self, x_TD: Tensor, ids_TC: Tensor) -> Tensor:
-        """Each chosen expert's output, [T, C, D]."""
-        ids_A, order_A = ids_TC.flatten().sort(stable=True)
-        ends_E = torch.bincount(ids_A, minlength=self.down_proj.num_experts).cumsum(0).int()
-        mixed_AF = gated_silu(self.gate_up_proj(x_TD[order_A // ids_TC.shape[1]], ends_E))
-        y_AD = self.down_proj(mixed_AF, ends_E)
-        # Back into the order of the tokens, and only then a sum: the result is deterministic.
-        return y_AD[order_A.argsort()].unflatten(0, ids_TC.shape)
-
-    def _one_token(self, x_1D: Tensor, ids_1C: Tensor) -> Tensor:
-        """Decoding: the chosen experts in turn, nothing to sort; [1, C, D]."""
+    def _one_token(self, x_1D: Tensor, ids_1C: Tensor, gates_1C: Tensor) -> Tensor:
+        """Decoding: the chosen experts in turn, nothing to sort; [1, D]."""
         outputs = []
         for expert in ids_1C[0].tolist():
             mixed_1F = gated_silu(self.gate_up_proj.of(expert, x_1D))
             outputs.append(self.down_proj.of(expert, mixed_1F))
-        return torch.stack(outputs, 1)
+        y_CD = torch.cat(outputs)
+        return gates_1C.to(y_CD.dtype) @ y_CD

@@ -101,6 +101,17 @@ RouterConfig = Annotated[
 ]
 
 
+def softmax(scores_TE: Tensor) -> Tensor:
+    """Over experts, computed along a first dimension: along a last one that fills no vector
+    register torch takes ten times as long."""
+    return scores_TE.mT.softmax(-2).mT
+
+
+def entropy(shares_TE: Tensor) -> Tensor:
+    """Of each token's distribution, in nats, [T]."""
+    return torch.special.entr(shares_TE).sum(-1)
+
+
 class RouterStats(NamedTuple):
     """What a router did; nothing is computed before it is asked for."""
 
@@ -123,12 +134,12 @@ class RouterStats(NamedTuple):
 
     def entropy_T(self) -> Tensor:
         """Of the distribution over all experts, in nats."""
-        return torch.special.entr(self.share(self.scores_TE)).sum(-1)
+        return entropy(self.share(self.scores_TE))
 
     def is_single_T(self) -> Tensor:
         """Whether each choice of a token had one candidate: it teaches the router nothing."""
-        single = [(shares_TE > 0).sum(-1) == 1 for shares_TE in self.candidates]
-        return torch.stack(single, -1).all(-1)
+        counts = [(shares_TE > 0).sum(-1) for shares_TE in self.candidates]
+        return torch.stack(counts).sum(0) == len(counts)  # each is at least 1
 
     def gate_sum_T(self) -> Tensor:
         return self.gates_TC.sum(-1)
@@ -190,7 +201,7 @@ class Router(nn.Module):
 
     def share(self, scores_TE: Tensor) -> Tensor:
         """Each token's distribution over all experts, for balance losses and entropy."""
-        return scores_TE.softmax(-1)
+        return softmax(scores_TE)
 
 
 class TopKRouter(Router):
@@ -268,7 +279,7 @@ class SparseMixerRouter(Router):
         return Routing(gates_TC, ids_TC, stats, expert_scale_TC)
 
     def share(self, scores_TE: Tensor) -> Tensor:
-        return (scores_TE / self.rule.temperature).softmax(-1)
+        return softmax(scores_TE / self.rule.temperature)
 
 
 class DenseSTRouter(Router):

@@ -34,7 +34,14 @@ from phikit.base.errors import ConfigError
 from phikit.nn.moe.balance import balance_loss, bias_step, max_violation, z_loss
 from phikit.nn.moe.block import MoE
 from phikit.nn.moe.estimator import RandomDraws
-from phikit.nn.moe.router import Router, Routing, SigmoidRouter, SparseMixerRouter
+from phikit.nn.moe.router import (
+    Router,
+    RouterStats,
+    Routing,
+    SigmoidRouter,
+    SparseMixerRouter,
+    entropy,
+)
 
 SUMS = ("tokens", "entropy", "single", "gate_sum", "z")
 """What is summed over tokens, after the loads of the experts and their shares."""
@@ -194,9 +201,14 @@ class RouterSession:
             load_E = routing.stats.load_E(self._counts_T).float()
             if is_new:
                 self._seen[layer] = self._balanced(layer, load_E)
-        gates_TC = self._with_losses(router, routing, self._seen[layer])
+        # Activation checkpointing would take what this little graph keeps for its own, and run the
+        # whole block again to get it back.
+        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+            leaf_TE = routing.stats.scores_TE.detach().requires_grad_()
+            shares_TE = router.share(leaf_TE)
+            gates_TC = self._with_losses(routing, leaf_TE, shares_TE, self._seen[layer])
         if is_new:
-            self._count(layer, routing, load_E)
+            self._count(layer, routing.stats, shares_TE, load_E)
         return routing._replace(gates_TC=gates_TC)
 
     def _balanced(self, layer: int, load_E: Tensor) -> Tensor:
@@ -211,37 +223,40 @@ class RouterSession:
             dist.all_reduce(load_E, group=self.group)
         return load_E
 
-    def _with_losses(self, router: Router, routing: Routing, load_E: Tensor) -> Tensor:
-        """The gates, which carry the gradient of the auxiliary losses to the scores."""
+    def _with_losses(
+        self, routing: Routing, leaf_TE: Tensor, shares_TE: Tensor, load_E: Tensor
+    ) -> Tensor:
+        """The gates, which carry the gradient of the auxiliary losses to the scores.
+
+        `leaf_TE` is the scores as a leaf, of which `shares_TE` are computed.
+        """
         config, scores_TE = self.config, routing.stats.scores_TE
-        balanced = config.balance_coefficient if config.balance in ("local", "global") else 0.0
-        if not (balanced or config.z_coefficient) or not scores_TE.requires_grad:
+        losses = []
+        if config.balance in ("local", "global") and config.balance_coefficient:
+            balance = balance_loss(shares_TE, load_E, self._counts_T)
+            losses.append(config.balance_coefficient * balance)
+        if config.z_coefficient:
+            losses.append(config.z_coefficient * z_loss(leaf_TE, self._counts_T))
+        if not losses or not scores_TE.requires_grad:
             return routing.gates_TC
-        leaf_TE = scores_TE.detach().requires_grad_()
-        # Activation checkpointing would take what this little graph keeps for its own, and run the
-        # whole block again to get it back.
-        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
-            loss = balanced * balance_loss(router.share(leaf_TE), load_E, self._counts_T)
-            loss = loss + config.z_coefficient * z_loss(leaf_TE, self._counts_T)
-            [gradient_TE] = torch.autograd.grad(loss / self._tokens, leaf_TE)
+        [gradient_TE] = torch.autograd.grad(sum(losses) / self._tokens, leaf_TE)
         return _AddGradient.apply(  # pyright: ignore[reportReturnType]
             routing.gates_TC, scores_TE, gradient_TE
         )
 
     @torch.no_grad()
-    def _count(self, layer: int, routing: Routing, load_E: Tensor) -> None:
-        stats, counts_T = routing.stats, self._counts_T
-        single_T = stats.is_single_T() if stats.candidates else torch.zeros_like(counts_T)
+    def _count(self, layer: int, stats: RouterStats, shares_TE: Tensor, load_E: Tensor) -> None:
+        counts_T = self._counts_T
         of_tokens = {
             "tokens": torch.ones_like(counts_T),
-            "entropy": stats.entropy_T(),
-            "single": single_T,
+            "entropy": entropy(shares_TE),
+            "single": stats.is_single_T() if stats.candidates else torch.zeros_like(counts_T),
             "gate_sum": stats.gate_sum_T(),
             "z": stats.scores_TE.logsumexp(-1).square(),
         }
-        values = [stats.share(stats.scores_TE), *(of_tokens[name][:, None] for name in SUMS)]
-        sums = counts_T @ torch.cat([value.float() for value in values], -1)
-        self._sums_L[layer] += torch.cat([load_E, sums])
+        values_ST = torch.stack([of_tokens[name].float() for name in SUMS])
+        sums = [load_E, counts_T @ shares_TE.float(), values_ST @ counts_T]
+        self._sums_L[layer] += torch.cat(sums)
 
     def _metrics(self) -> dict[str, float]:
         """Means over tokens and then over layers; loads for each expert."""
