@@ -1,6 +1,6 @@
 """**Hypothesis.** SparseMixer (v2) trains better routers than top-k: behind early, ahead late.
 
-**Measure.** Held-out loss after 500 steps of 2,048 tokens, deterministic routing; and at eight
+**Measure.** Held-out loss after 300 steps of 2,048 tokens, deterministic routing; and at eight
 looks on the way. 8 experts, two a token, the global balance loss at 0.01. Arms: top-k; top-k
 with an input jitter of 0.1; drawn experts that learn from their gate alone (`sampled_gate`), the
 control without which drawing would be credited to the estimator; v2; v2*. Those that draw have
@@ -31,7 +31,7 @@ from experiments.grin.study import LOOKS, StudyConfig
 
 from phikit.nn.moe.router import RouterConfig, SampledGateConfig, SparseMixerConfig, TopKConfig
 
-RATES = (3e-3, 6e-3, 12e-3)
+RATES = (0.01, 0.02, 0.04)
 ROUTERS: dict[str, RouterConfig] = {
     "top-k": TopKConfig(),
     "top-k, jitter": TopKConfig(input_jitter=0.1),

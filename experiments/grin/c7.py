@@ -1,7 +1,7 @@
 """**Hypothesis.** Balancing by a selection bias keeps loads more even than a balance loss does, at
 no cost in loss.
 
-**Measure.** Sigmoid routers, 8 experts, two a token, 500 steps of 2,048 tokens. Arms: `bias`,
+**Measure.** Sigmoid routers, 8 experts, two a token, 300 steps of 2,048 tokens. Arms: `bias`,
 whose selection bias moves by a constant against the sign of each expert's overload; `loss`, the
 global balance loss; `none`. Tuned for each arm on 2 seeds, by held-out loss: the learning rate
 (4 trials), then the strength (4 trials: the bias's rate or the loss's coefficient; `none` has

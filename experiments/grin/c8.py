@@ -1,18 +1,18 @@
 """**Hypothesis.** A mixture of experts made from a trained dense model is ahead of one from random
 weights for as long as the budget is small.
 
-**Measure.** A dense model trained for 500 steps is cut into 8 experts of half its width, two a
+**Measure.** A dense model trained for 300 steps is cut into 8 experts of half its width, two a
 token (granularity 2, a top-k router whose gates sum to 1), so that active parameters stay the
-same. The loss before the first step is compared with the dense model's. Then 100, 300 or 500
+same. The loss before the first step is compared with the dense model's. Then 60, 180 or 300
 steps of `up`, and as many of `scratch` from random weights. Two controls see as many steps as
-`up` in all: `dense`, the dense model trained on for 300 or 500 steps, and `scratch 1000`. All
+`up` in all: `dense`, the dense model trained on for 180 or 300 steps, and `scratch 600`. All
 with the schedule of their own length; text goes on where the dense model's ended; the global
 balance loss at 0.01, learning rates tuned for each arm by 4 trials on 2 seeds; 5 other seeds.
 
 **Decision.** Reproduced if the losses before the first step agree within 1e-5 in every run, and
-the 95 % intervals of up minus scratch lie below zero at 100 and at 300 steps. Partly if at one
-of them. Contradicted if the interval at 100 steps lies above. Otherwise null. The rest is
-reported: whether it pays to upcycle, counting the dense model's steps, is what `scratch 1000`
+the 95 % intervals of up minus scratch lie below zero at 60 and at 180 steps. Partly if at one
+of them. Contradicted if the interval at 60 steps lies above. Otherwise null. The rest is
+reported: whether it pays to upcycle, counting the dense model's steps, is what `scratch 600`
 and `dense` say.
 """
 
@@ -31,7 +31,7 @@ UPCYCLE = UpcycleConfig(
 UP = StudyConfig(model=moe(), routing=BALANCED, start=START, upcycle=UPCYCLE)
 SCRATCH = StudyConfig(model=moe(), routing=BALANCED)
 DENSE = StudyConfig(model=dense(), start=START)
-BUDGETS = (100, 300, 500)
+BUDGETS = (60, 180, 300)
 
 
 def of_steps(config: StudyConfig, steps: int) -> StudyConfig:
@@ -40,7 +40,7 @@ def of_steps(config: StudyConfig, steps: int) -> StudyConfig:
 
 ARMS = {
     **{f"up {steps}": of_steps(UP, steps) for steps in BUDGETS},
-    **{f"scratch {steps}": of_steps(SCRATCH, steps) for steps in (*BUDGETS, 1000)},
+    **{f"scratch {steps}": of_steps(SCRATCH, steps) for steps in (*BUDGETS, 600)},
     **{f"dense {steps}": of_steps(DENSE, steps) for steps in BUDGETS[1:]},
 }
 
@@ -57,7 +57,7 @@ def judge(found: Findings) -> Verdict:
         compare(f"up {n} − scratch {n}", runs[f"up {n}"], runs[f"scratch {n}"]) for n in BUDGETS
     ]
     rest = [
-        compare("up 500 − scratch 1000", runs["up 500"], runs["scratch 1000"]),
+        compare("up 300 − scratch 600", runs["up 300"], runs["scratch 600"]),
         *(compare(f"up {n} − dense {n}", runs[f"up {n}"], runs[f"dense {n}"]) for n in BUDGETS[1:]),
     ]
     is_same = max(offs) <= 1e-5
@@ -67,7 +67,7 @@ def judge(found: Findings) -> Verdict:
     elif any(wins):
         outcome, words = "partly reproduced", "Upcycling is ahead at one small budget."
     elif early[0].is_higher:
-        outcome, words = "contradicted", "Random weights are ahead after 100 steps."
+        outcome, words = "contradicted", "Random weights are ahead after 60 steps."
     else:
         outcome, words = "null", "These runs cannot tell the two apart."
     words += f" Before the first step the losses differ by at most {max(offs):.1e}."

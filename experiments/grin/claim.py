@@ -26,7 +26,7 @@ T95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
 """Two-sided 95 % quantiles of Student's t for 1 to 20 degrees of freedom."""
-RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+RATES = (0.005, 0.01, 0.02, 0.04)
 """Learning rates that arms are tried at, unless a claim says otherwise."""
 
 Outcome = Mapping[str, Any]
@@ -78,7 +78,7 @@ class Plan(Config):
 
 def rates(arms: Mapping[str, StudyConfig], values: Sequence[float] = RATES) -> Sweep:
     """The learning rate of every arm, by held-out loss."""
-    trials = tuple(f"adam_lr={value}" for value in values)
+    trials = tuple(f"lr={value}" for value in values)
     return Sweep(name="learning rate", trials=dict.fromkeys(arms, trials))
 
 

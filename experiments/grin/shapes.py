@@ -1,7 +1,7 @@
 """The models of the studies: two layers, 64 wide, the same active parameters with experts or not.
 
-A run of 500 steps takes about a minute on one core. `--wider` and `--longer` run the same plans
-larger.
+A run of 300 steps takes about half a minute on one core. `--wider` and `--longer` run the same
+plans larger.
 """
 
 from typing import Any

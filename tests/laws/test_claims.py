@@ -76,7 +76,7 @@ def test_unfair_plans_are_refused():
     sweeps = (rates(ARMS),)
     with pytest.raises(ValidationError, match="share a seed"):
         Plan(arms=ARMS, sweeps=sweeps, tuning_seeds=(1, 2), test_seeds=(2, 3))
-    trials = {"moe": ("adam_lr=0.1", "adam_lr=0.2"), "dense": ("adam_lr=0.1",)}
+    trials = {"moe": ("lr=0.1", "lr=0.2"), "dense": ("lr=0.1",)}
     with pytest.raises(ValidationError, match="more often"):
         Plan(arms=ARMS, sweeps=(Sweep(name="rate", trials=trials),))
     with pytest.raises(ValidationError, match="not over all arms"):
@@ -203,7 +203,7 @@ def test_a_plan_from_tuning_to_its_page(lab: Lab, tmp_path: Path):
         return c3.judge(found._replace(runs=named))
 
     record = settle(c3._replace(plan=plan, judge=judge), lab)
-    assert set(record["chosen"]["moe"]) <= {"adam_lr=0.001", "adam_lr=0.01"}
+    assert set(record["chosen"]["moe"]) <= {"lr=0.001", "lr=0.01"}
     assert record["verdict"]["outcome"] in ("reproduced", "null", "contradicted")
     assert record["runs"]["moe"][0]["single"] > 0 and record["runs"]["dense"][0]["single"] is None
     folders = {path.parent.name for path in lab.runs.glob("*/outcome.json")}
