@@ -26,7 +26,7 @@ T95 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
 """Two-sided 95 % quantiles of Student's t for 1 to 20 degrees of freedom."""
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES = (0.02, 0.04, 0.08, 0.16)
 """Learning rates that arms are tried at, unless a claim says otherwise."""
 
 Outcome = Mapping[str, Any]
