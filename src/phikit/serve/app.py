@@ -343,14 +343,12 @@ def _errors(body: type = ErrorBody) -> dict[int | str, dict[str, Any]]:
 
 
 def _openai(model: type, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    content = {"content": _lines("text/event-stream")} if streams else {}
+    # OpenAPI 3.1 has no words for the events of a stream, and some read a schema as that of each.
+    content = {"content": {"text/event-stream": {}}} if streams else {}
     return {200: {"model": model, **content}, **_errors()}
 
 
 def _ollama(model: type, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    content = {"content": _lines("application/x-ndjson")} if streams else {}
+    lines = {"application/x-ndjson": {"schema": {"type": "string"}}}
+    content = {"content": lines} if streams else {}
     return {200: {"model": model, **content}, **_errors(OllamaErrorBody)}
-
-
-def _lines(media_type: str) -> dict[str, Any]:
-    return {media_type: {"schema": {"type": "string"}}}

@@ -131,7 +131,7 @@ class GenerateRequest(Drawing):
 class ShowRequest(BaseModel):
     """Which model to show; older clients write `name`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     name: str | None = None

@@ -35,7 +35,11 @@ class Wire(BaseModel):
     """Part of a request: closed to unknown fields, and to numbers that JSON does not have."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,  # "5" is no number, and 0.0 is not false
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 

@@ -353,6 +353,9 @@ def test_embeddings(client: OpenAI, house: House):
 REFUSED: Any = [
     ("messages", {"messages": []}),
     ("temperature", {"temperature": -1}),
+    ("temperature", {"temperature": "0.5"}),
+    ("max_tokens", {"max_tokens": "5"}),
+    ("stream", {"stream": 0.0}),
     ("logit_bias", {"logit_bias": {"5": 1.0}}),
     ("presence_penalty", {"presence_penalty": 0.5}),
     ("reasoning_effort", {"reasoning_effort": "low"}),
