@@ -31,7 +31,7 @@ from experiments.grin.study import LOOKS, StudyConfig
 
 from phikit.nn.moe.router import RouterConfig, SampledGateConfig, SparseMixerConfig, TopKConfig
 
-RATES = (0.04, 0.08, 0.16)
+RATES = (0.02, 0.04, 0.08)
 ROUTERS: dict[str, RouterConfig] = {
     "top-k": TopKConfig(),
     "top-k, jitter": TopKConfig(input_jitter=0.1),
