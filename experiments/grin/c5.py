@@ -3,9 +3,8 @@ where a rank sees one domain, forbids it.
 
 **Measure.** Four domains of text, a quarter of every step each. `local`: each domain is a
 micro-batch with a balance loss of its own, as on four ranks that see a domain each. `global`:
-one loss on the loads of all four. `so far`: the loads of the micro-batches up to now, which is
-what accumulation on one rank computes. A top-k router, which draws nothing, so that the scope of
-the loss is the only difference. Tuned for each arm: the learning rate by loss (4 trials, 2
+one loss on the loads of all four. A top-k router, which draws nothing, so that the scope of the
+loss is the only difference. Tuned for each arm: the learning rate by loss (4 trials, 2
 seeds), then the loss's coefficient, of 4, so that MaxVio over all held-out text is nearest to
 0.5: arms are compared at about the same balance. Then over 5 other seeds: `similarity`, the mean
 cosine between the loads of two domains (1 if all domains use experts alike), and held-out loss.
@@ -27,7 +26,6 @@ LOCAL, GLOBAL = RoutingConfig(balance="local"), RoutingConfig(balance="global")
 ARMS = {
     "local": StudyConfig(model=moe(), routing=LOCAL, counts="domain"),
     "global": StudyConfig(model=moe(), routing=GLOBAL, counts="step"),
-    "so far": StudyConfig(model=moe(), routing=GLOBAL, counts="domain"),
 }
 STRENGTHS = tuple(f"routing.balance_coefficient={x}" for x in (0.001, 0.004, 0.016, 0.064))
 
@@ -35,11 +33,10 @@ STRENGTHS = tuple(f"routing.balance_coefficient={x}" for x in (0.001, 0.004, 0.0
 def judge(found: Findings) -> Verdict:
     runs = found.runs
     comparisons = [
-        compare(f"{arm} − local, {measure}", runs[arm], runs["local"], measure=measure)
-        for arm in ("global", "so far")
+        compare(f"global − local, {measure}", runs["global"], runs["local"], measure=measure)
         for measure in ("similarity", "loss", "max_vio")
     ]
-    similarity, loss, balance, *_ = comparisons
+    similarity, loss, balance = comparisons
     matched = balance.low <= 0 <= balance.high
     note = "" if matched else " The arms were not equally balanced, so this may be balance alone."
     if similarity.is_lower and not loss.is_higher:
