@@ -88,8 +88,11 @@ def _upright(x_AO: Tensor) -> Tensor:
     if x_AO.device.type != "cpu" or x_AO.itemsize != 2:
         return x_AO.T
     rows, width = x_AO.shape
-    aligned_OA = x_AO.new_empty(width, 8 * (rows // 8 + 1))
-    return aligned_OA[:, :rows].copy_(x_AO.T)
+    # Rows are whole multiples of 16 bytes. oneDNN reads up to 31 numbers past the end of a group
+    # and multiplies them by 0: they must not be what memory happens to hold, which may be NaN.
+    padded_OA = x_AO.new_empty(width, rows + -rows % 8 + 32)
+    padded_OA[:, rows:] = 0
+    return padded_OA[:, :rows].copy_(x_AO.T)
 
 
 def looped_product(x_A: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
