@@ -4,9 +4,10 @@
 
 16 experts of 2,048 hidden units on a width of 1,024, two a token, 512 tokens, in training: routers
 draw on both sides. Every side has a process of its own, and they take turns. Transformers runs as
-it comes (a loop over experts), and with its `grouped_mm`; phikit as it comes, and with its own
-loop, which it takes where torch's grouped product cannot run. Then every side is tried on hidden
-widths whose rows are no multiples of 16 bytes. Writes `docs/results/moe.json`.
+it comes (a loop over experts), and with its `grouped_mm`; phikit as its training loop sets up a
+process (`keep_memory`), and with its own loop over experts, which it takes where torch's grouped
+product cannot run. Then every side is tried on hidden widths whose rows are no multiples of 16
+bytes. Writes `docs/results/moe.json`.
 """
 
 import argparse
@@ -179,11 +180,13 @@ def phikit(job: Job) -> tuple[Any, Callable]:
     """Our block, its router in a session as in training."""
     import torch
 
+    from phikit.base.device import keep_memory
     from phikit.nn.moe.block import MoE
     from phikit.nn.moe.experts import Experts
     from phikit.nn.moe.router import SparseMixerConfig, build_router
     from phikit.nn.moe.session import RouterSession, RoutingConfig
 
+    keep_memory()
     router = build_router(SparseMixerConfig(), WIDTH, EXPERTS, top_k=CHOICES)
     block = fill(MoE(router, Experts(EXPERTS, WIDTH, job.hidden)))
     session = RouterSession(block, RoutingConfig())

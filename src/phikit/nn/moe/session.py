@@ -239,7 +239,7 @@ class RouterSession:
             losses.append(config.z_coefficient * z_loss(leaf_TE, self._counts_T))
         if not losses or not scores_TE.requires_grad:
             return routing.gates_TC
-        [gradient_TE] = torch.autograd.grad(sum(losses) / self._tokens, leaf_TE)
+        [gradient_TE] = torch.autograd.grad(torch.stack(losses).sum() / self._tokens, leaf_TE)
         return _AddGradient.apply(  # pyright: ignore[reportReturnType]
             routing.gates_TC, scores_TE, gradient_TE
         )
