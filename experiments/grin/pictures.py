@@ -63,8 +63,7 @@ def curves(
         axes.plot(steps, means, color=shade, label=arm)
         bounds = [[m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1)]
         axes.fill_between(steps, *bounds, color=shade, alpha=0.15, linewidth=0)
-    axes.set_title(f"Held-out loss less that of {control}" if control else "Held-out loss")
-    axes.set_xlabel("step", color=palette.muted)
+    axes.set_title(f"Loss − {control}, by step" if control else "Held-out loss, by step")
 
 
 def _losses(runs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
