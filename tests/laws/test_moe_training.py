@@ -1,5 +1,6 @@
 """Routers in the loop: their losses' gradients, chance that repeats itself, and the log."""
 
+import gc
 import math
 from functools import partial
 from pathlib import Path
@@ -389,3 +390,25 @@ def test_a_stack_of_experts_steps_like_its_matrices():
         expected = before[expert] - 0.02 * direction
         torch.testing.assert_close(weight[expert].detach(), expected, atol=2e-4, rtol=0)
     assert torch.equal(weight[2], before[2])
+
+
+@pytest.mark.parametrize("balance", [None, "bias", "global"])
+def test_a_step_leaves_no_tensor_behind(balance: Any):
+    """Where nothing is added to the loss, what the statistics are computed of is let go too."""
+
+    def steps(count: int) -> int:
+        for step in range(count):
+            session.begin(step, batches=1, tokens=tokens_BT.numel())
+            with session.micro_batch(torch.ones_like(tokens_BT, dtype=torch.bool)):
+                loss = model(tokens_BT).square().mean()
+            loss.backward()
+            session.end()
+        del loss
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    model = tiny_moe(router={"kind": "sigmoid"})
+    session = RouterSession(model, RoutingConfig(balance=balance))
+    tokens_BT = torch.arange(12).view(2, 6)
+    before = steps(2)
+    assert steps(5) <= before

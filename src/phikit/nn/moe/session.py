@@ -201,15 +201,30 @@ class RouterSession:
             load_E = routing.stats.load_E(self._counts_T).float()
             if is_new:
                 self._seen[layer] = self._balanced(layer, load_E)
+        scores_TE = routing.stats.scores_TE
+        # A graph that nothing runs backward would never be freed: it holds its own results.
+        learns = self._has_losses and scores_TE.requires_grad
         # Activation checkpointing would take what this little graph keeps for its own, and run the
         # whole block again to get it back.
         with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
-            leaf_TE = routing.stats.scores_TE.detach().requires_grad_()
+            leaf_TE = scores_TE.detach().requires_grad_(learns)
             shares_TE = router.share(leaf_TE)
-            gates_TC = self._with_losses(routing, leaf_TE, shares_TE, self._seen[layer])
+            gates_TC = routing.gates_TC
+            if learns:
+                gates_TC = self._with_losses(routing, leaf_TE, shares_TE, self._seen[layer])
         if is_new:
             self._count(layer, routing.stats, shares_TE, load_E)
         return routing._replace(gates_TC=gates_TC)
+
+    @property
+    def _has_losses(self) -> bool:
+        """Whether anything is added to the loss."""
+        return self._is_balanced_by_loss or bool(self.config.z_coefficient)
+
+    @property
+    def _is_balanced_by_loss(self) -> bool:
+        config = self.config
+        return config.balance in ("local", "global") and bool(config.balance_coefficient)
 
     def _balanced(self, layer: int, load_E: Tensor) -> Tensor:
         """The loads that the balance loss is about."""
@@ -230,18 +245,15 @@ class RouterSession:
 
         `leaf_TE` is the scores as a leaf, of which `shares_TE` are computed.
         """
-        config, scores_TE = self.config, routing.stats.scores_TE
-        losses = []
-        if config.balance in ("local", "global") and config.balance_coefficient:
+        config, losses = self.config, []
+        if self._is_balanced_by_loss:
             balance = balance_loss(shares_TE, load_E, self._counts_T)
             losses.append(config.balance_coefficient * balance)
         if config.z_coefficient:
             losses.append(config.z_coefficient * z_loss(leaf_TE, self._counts_T))
-        if not losses or not scores_TE.requires_grad:
-            return routing.gates_TC
         [gradient_TE] = torch.autograd.grad(torch.stack(losses).sum() / self._tokens, leaf_TE)
         return _AddGradient.apply(  # pyright: ignore[reportReturnType]
-            routing.gates_TC, scores_TE, gradient_TE
+            routing.gates_TC, routing.stats.scores_TE, gradient_TE
         )
 
     @torch.no_grad()
