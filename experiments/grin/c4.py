@@ -86,5 +86,5 @@ CLAIM = Claim(
     plan=Plan(arms=ARMS, sweeps=(rates(ARMS, RATES),)),
     judge=judge,
     draw=arms_and_differences("top-k"),
-    size=(6.4, 4.6),
+    size=(8.4, 4.6),
 )
