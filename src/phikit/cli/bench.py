@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phikit.cli.locate import RUN_HELP, complete_model, locate
+from phikit.cli.speaker import Dtype
 from phikit.cli.stop import stoppable
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ Batches = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Rounds of every measurement.")]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as stored if not given."),
-]
 
 
 def bench(

@@ -7,17 +7,13 @@ import typer
 
 from phikit.cli.locate import RUN_HELP, complete_model, locate
 from phikit.cli.output import fresh
+from phikit.cli.speaker import Dtype
 from phikit.cli.stop import stoppable
 
 if TYPE_CHECKING:
     import torch
 
     from phikit.weights.load import Loaded
-
-Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; as stored if not given."),
-]
 
 
 def merge(

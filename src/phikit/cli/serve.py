@@ -9,8 +9,8 @@ import typer
 
 from phikit.base.errors import ConfigError
 from phikit.base.servers import announced
-from phikit.cli.generate import Dtype
 from phikit.cli.locate import RUN_HELP, complete_served, locate
+from phikit.cli.speaker import Dtype
 
 if TYPE_CHECKING:
     from phikit.serve.guard import Policy

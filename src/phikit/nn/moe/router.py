@@ -107,11 +107,6 @@ def softmax(scores_TE: Tensor) -> Tensor:
     return scores_TE.mT.softmax(-2).mT
 
 
-def entropy(shares_TE: Tensor) -> Tensor:
-    """Of each token's distribution, in nats, [T]."""
-    return torch.special.entr(shares_TE).sum(-1)
-
-
 class RouterStats(NamedTuple):
     """What a router did; nothing is computed before it is asked for."""
 
@@ -131,10 +126,6 @@ class RouterStats(NamedTuple):
             weights_A = counts_T[:, None].expand(self.ids_TC.shape).flatten()
         num_experts = self.scores_TE.shape[-1]
         return torch.bincount(self.ids_TC.flatten(), weights=weights_A, minlength=num_experts)
-
-    def entropy_T(self) -> Tensor:
-        """Of the distribution over all experts, in nats."""
-        return entropy(self.share(self.scores_TE))
 
     def is_single_T(self) -> Tensor:
         """Whether each choice of a token had one candidate: it teaches the router nothing."""

@@ -40,7 +40,6 @@ from phikit.nn.moe.router import (
     Routing,
     SigmoidRouter,
     SparseMixerRouter,
-    entropy,
 )
 
 SUMS = ("tokens", "entropy", "single", "gate_sum", "z")
@@ -261,7 +260,7 @@ class RouterSession:
         counts_T = self._counts_T
         of_tokens = {
             "tokens": torch.ones_like(counts_T),
-            "entropy": entropy(shares_TE),
+            "entropy": torch.special.entr(shares_TE).sum(-1),  # in nats
             "single": stats.is_single_T() if stats.candidates else torch.zeros_like(counts_T),
             "gate_sum": stats.gate_sum_T(),
             "z": stats.scores_TE.logsumexp(-1).square(),
