@@ -19,11 +19,13 @@ from phikit.base.media import SPEECH, VISION
 from phikit.chat.audio import MAX_SECONDS, RATE_HZ, AudioClip, audio_clip, load_audio
 from phikit.chat.image import ImageCrops, load_image
 from phikit.models.modality import Modality, ModalityConfig, register
-from phikit.nn.speech import AudioEmbedder, SpeechConfig
+from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
 from phikit.nn.vision import ImageEmbedder, VisionConfig
 
 TABLE_STD = 0.02
 """Of position tables, which the encoders leave at zero for a checkpoint to fill."""
+MIN_BAND_STD = 0.1
+"""Of a mel band's logarithm; less is silence throughout, or a band beyond the sampling rate."""
 
 
 class Sight(ImageEmbedder, Modality):
@@ -47,6 +49,19 @@ class Hearing(AudioEmbedder, Modality):
         features_BTF = pad_sequence(features, batch_first=True).to(device)
         mode = VISION if leader == VISION else SPEECH
         return super().forward(features_BTF, lengths_B, mode=mode)
+
+    @property
+    def bands(self) -> MeanVarianceNorm:
+        """The statistics of the mel bands; zero mean and unit variance until they are measured."""
+        return self.encoder.encoder_embedding
+
+    def measure_bands(self, clips: Sequence[AudioClip]) -> None:
+        """Take the mel bands' mean and variance from these clips; from none nothing."""
+        if not clips:
+            return
+        frames_TF = torch.from_numpy(np.concatenate([clip.features_TF for clip in clips]))
+        self.bands.global_mean.copy_(frames_TF.mean(0))
+        self.bands.global_invstd.copy_(1 / frames_TF.std(0).clamp(min=MIN_BAND_STD))
 
     def projectors(self) -> dict[str, list[nn.Parameter]]:
         own = (self.up_proj_for_speech, self.down_proj_for_speech)

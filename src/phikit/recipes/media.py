@@ -1,0 +1,128 @@
+"""A media stage: from problems with pictures and speech to the objective that teaches a model.
+
+The first such stage of a pipeline attaches the modalities. A stage with a reader is the encoders'
+initialisation: they learn with a decoder of a few million weights, which costs a hundredth of what
+learning through the language model does, and the reader is thrown away. Phi-4-multimodal starts in
+the same way, from a SigLIP tower and from the encoder of a recogniser with an attention decoder
+(arXiv 2503.01743, section 2.2).
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from phikit.base.errors import ConfigError
+from phikit.base.files import storage_errors, write_atomic
+from phikit.base.media import SPEECH, VISION, of_items
+from phikit.base.types import Example
+from phikit.data.media.problem import MediaProblem, prepare
+from phikit.models.decoder import Decoder
+from phikit.models.registry import build
+from phikit.models.senses import Hearing
+from phikit.recipes.config import MediaStage
+from phikit.recipes.context import Prepared, StageContext, stage_seed
+from phikit.train.media import MediaSFTObjective
+from phikit.weights.surgery import attach, parts, train_only
+
+FAULTS = "faults.json"
+"""The items of a stage that could not be read, in its folder."""
+MEASURED_CLIPS = 500
+"""Clips whose mel bands are measured."""
+
+
+def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
+    """Attach what is missing, read the items, freeze what does not learn.
+
+    Raises:
+        DataError: an item cannot be read, and the stage is to stop at such items.
+        ConfigError: the stage trains nothing, or a part that a modality has not.
+    """
+    model = context.loaded.model
+    for modality in context.modalities:
+        if modality.name not in model.senses:
+            attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
+    taught = model if stage.reader is None else _reader(stage, context)
+    examples, faults = prepare(
+        [problem for problem in context.problems if isinstance(problem, MediaProblem)],
+        context.loaded.renderer,
+        modalities={name: sense.config.prepare for name, sense in taught.senses.items()},
+        ids=taught.media_ids,
+        on_fault=stage.on_fault,
+    )
+    with storage_errors(context.folder):
+        listed = {"read": len(examples), "faults": [fault._asdict() for fault in faults]}
+        write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
+    examples = [_compact(example) for example in examples]
+    if "encoder" in stage.learns.get(SPEECH, ()):
+        _measure_bands(taught, examples)
+    learning = train_only(taught, stage.learns)
+    if stage.backbone or stage.reader is not None:
+        learning += _thaw_text(taught)
+    if not learning:
+        raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
+    seed = stage_seed(context.seed, stage.name, "order")
+    objective = MediaSFTObjective(examples, stage.sft, seed=seed)
+
+    def finish() -> None:
+        if taught is not model:
+            copy_encoders(taught, model, stage.learns)
+
+    return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), taught, finish)
+
+
+def _compact(example: Example) -> Example:
+    """Pixels in half precision, which holds all of their 256 steps, and half of the memory."""
+    items = example.media.items if example.media else {}
+    if VISION not in items:
+        return example
+    images = tuple(
+        replace(image, pixels_MCHW=image.pixels_MCHW.astype(np.float16)) for image in items[VISION]
+    )
+    return replace(example, media=of_items({**items, VISION: images}))
+
+
+def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> None:
+    """Give the encoders of `target` the weights and the statistics of those of `source`."""
+    with torch.no_grad():
+        for name in names:
+            ours, theirs = parts(target, name).encoder, parts(source, name).encoder
+            ours += target.senses[name].buffers()
+            theirs += source.senses[name].buffers()
+            for to, of in zip(ours, theirs, strict=True):
+                to.copy_(of)
+
+
+def _reader(stage: MediaStage, context: StageContext) -> Decoder:
+    """A small decoder with the modalities of the stage, whose encoders are those of the model."""
+    assert stage.reader is not None
+    model = context.loaded.model
+    shape = stage.reader.model_copy(update={"vocab_size": model.config.vocab_size})
+    generator = torch.Generator().manual_seed(stage_seed(context.seed, stage.name, "reader"))
+    reader = build(shape).initialise(generator).to(model.dtype)
+    for name in stage.learns:
+        config = model.senses[name].config.model_copy(update={"adapter": None})
+        attach(reader, config, seed=stage_seed(context.seed, stage.name, name))
+    copy_encoders(model, reader, stage.learns)
+    return reader
+
+
+def _thaw_text(model: Decoder) -> list[torch.nn.Parameter]:
+    """Let the text model learn; returns its parameters, those of adapters left out."""
+    adapters = {id(p) for name in model.senses for p in parts(model, name).adapter}
+    own = [p for p in model.model.parameters() if id(p) not in adapters]
+    own += [p for p in model.lm_head.parameters() if all(p is not other for other in own)]
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return own
+
+
+def _measure_bands(model: Decoder, examples: Sequence[Example]) -> None:
+    """Set the mel bands' mean and variance to those of the clips, unless a stage before has."""
+    sense = model.senses[SPEECH]
+    if not isinstance(sense, Hearing) or bool(sense.bands.global_mean.any()):
+        return
+    heard = [example.media.items.get(SPEECH, ()) for example in examples if example.media]
+    sense.measure_bands([clip for clips in heard for clip in clips][:MEASURED_CLIPS])
