@@ -42,7 +42,7 @@ from phikit.recipes.config import (
     Stage,
 )
 from phikit.train.optim import OptimConfig, Optimiser
-from phikit.weights.surgery import attach, parts, train_only
+from phikit.weights.surgery import attach, parts
 
 CHARS_PER_TOKEN = 1.9
 """Of arithmetic in words, digits one by one: 1.9 under the nano vocabulary, 1.8 under SmolLM2's."""
@@ -50,6 +50,8 @@ HUB_QUESTION_TOKENS, HUB_REPLY_TOKENS = 120, 6000
 """Of long chains of thought about competition problems: 16 k characters in OpenR1-Math-220k."""
 MEDIA_QUESTION_TOKENS, MEDIA_REPLY_TOKENS = 60, 6
 """Of generated problems about a picture of two crops or a clip of two seconds."""
+READER_VOCABULARY = 1000
+"""Token ids that occur in generated problems: a few hundred."""
 MEASURED = 64
 """Documents or problems that are drawn to measure a length."""
 
@@ -180,7 +182,7 @@ class _Estimator:
         return StageBudget(stage.name, steps, tokens._replace(kind="estimate"), Amount(0), memory)
 
     def _of_reader(self, reader: DenseConfig) -> "_Estimator":
-        shape = reader.model_copy(update={"vocab_size": self.shape.vocab_size})
+        shape = reader.model_copy(update={"vocab_size": READER_VOCABULARY})
         base = self.config.base.model_copy(update={"model": shape})
         bare = [each.model_copy(update={"adapter": None}) for each in self.config.modalities]
         return _Estimator(self.config.model_copy(update={"base": base, "modalities": bare}))
@@ -268,8 +270,10 @@ class _Estimator:
 
 def _freeze_text(model: Decoder) -> None:
     """Leave to training all that was attached."""
-    every = {name: parts(model, name)._asdict() for name in model.senses}
-    train_only(model, {name: [part for part in of if of[part]] for name, of in every.items()})
+    model.requires_grad_(False)
+    for name in model.senses:
+        for parameter in (p for part in parts(model, name) for p in part):
+            parameter.requires_grad_(True)
 
 
 def _hidden_width(shape: DenseConfig | MoEConfig) -> int:

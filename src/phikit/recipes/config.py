@@ -135,7 +135,8 @@ class MediaStage(_Stage):
     """Train the text model as well, which then is another one: the baseline of the recipe."""
     reader: DenseConfig | None = None
     """Train on a small decoder of this shape, drawn anew, in place of the model, and keep the
-    encoders alone: their initialisation. Its vocabulary is the model's, whatever is set here."""
+    encoders alone: their initialisation. Its vocabulary is that of the examples, whatever is set
+    here."""
     sft: MediaSFTConfig
     on_fault: Literal["stop", "skip"] = "stop"
     """What to do about an item that cannot be read; those left out are listed in the report."""

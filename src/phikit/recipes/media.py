@@ -10,9 +10,11 @@ the same way, from a SigLIP tower and from the encoder of a recogniser with an a
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from phikit.base.errors import ConfigError
 from phikit.base.files import storage_errors, write_atomic
@@ -20,6 +22,7 @@ from phikit.base.media import SPEECH, VISION, of_items
 from phikit.base.types import Example
 from phikit.data.media.problem import MediaProblem, prepare
 from phikit.models.decoder import Decoder
+from phikit.models.dense import DenseConfig
 from phikit.models.registry import build
 from phikit.models.senses import Hearing
 from phikit.recipes.config import MediaStage
@@ -44,18 +47,20 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     for modality in context.modalities:
         if modality.name not in model.senses:
             attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
-    taught = model if stage.reader is None else _reader(stage, context)
     examples, faults = prepare(
         [problem for problem in context.problems if isinstance(problem, MediaProblem)],
         context.loaded.renderer,
-        modalities={name: sense.config.prepare for name, sense in taught.senses.items()},
-        ids=taught.media_ids,
+        modalities={name: sense.config.prepare for name, sense in model.senses.items()},
+        ids=model.media_ids,
         on_fault=stage.on_fault,
     )
     with storage_errors(context.folder):
         listed = {"read": len(examples), "faults": [fault._asdict() for fault in faults]}
         write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
     examples = [_compact(example) for example in examples]
+    taught = model
+    if stage.reader is not None:
+        taught, examples = _reader(stage.reader, stage, context, examples)
     if "encoder" in stage.learns.get(SPEECH, ()):
         _measure_bands(taught, examples)
     learning = train_only(taught, stage.learns)
@@ -95,18 +100,42 @@ def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> N
                 to.copy_(of)
 
 
-def _reader(stage: MediaStage, context: StageContext) -> Decoder:
-    """A small decoder with the modalities of the stage, whose encoders are those of the model."""
-    assert stage.reader is not None
-    model = context.loaded.model
-    shape = stage.reader.model_copy(update={"vocab_size": model.config.vocab_size})
-    generator = torch.Generator().manual_seed(stage_seed(context.seed, stage.name, "reader"))
-    reader = build(shape).initialise(generator).to(model.dtype)
-    for name in stage.learns:
-        config = model.senses[name].config.model_copy(update={"adapter": None})
-        attach(reader, config, seed=stage_seed(context.seed, stage.name, name))
+class Vocabulary(NamedTuple):
+    """The token ids that occur in some examples, and what each is called among them."""
+
+    size: int
+    new: NDArray[np.int32]
+    """By old id; 0 for one that does not occur."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, placeholders: Sequence[int]) -> Self:
+        """Placeholders get the ids behind all others, in this order."""
+        found = np.unique(np.concatenate([example.tokens for example in examples]))
+        text = np.setdiff1d(found, placeholders)
+        new = np.zeros(max(int(found.max()), *placeholders) + 1, np.int32)
+        new[text] = np.arange(len(text))
+        new[list(placeholders)] = len(text) + np.arange(len(placeholders))
+        return cls(len(text), new)
+
+
+def _reader(
+    shape: DenseConfig, stage: MediaStage, context: StageContext, examples: Sequence[Example]
+) -> tuple[Decoder, list[Example]]:
+    """A small decoder with the model's encoders, and the examples in its vocabulary.
+
+    That is the ids that occur: a reader of a few million embeddings would learn little else.
+    """
+    model, seed = context.loaded.model, context.seed
+    senses = [model.senses[name] for name in stage.learns]
+    vocabulary = Vocabulary.of(examples, placeholders=[sense.token for sense in senses])
+    generator = torch.Generator().manual_seed(stage_seed(seed, stage.name, "reader"))
+    reader = build(shape.model_copy(update={"vocab_size": vocabulary.size}))
+    reader = reader.initialise(generator).to(model.dtype)
+    for sense in senses:
+        config = sense.config.model_copy(update={"adapter": None})
+        attach(reader, config, seed=stage_seed(seed, stage.name, config.name))
     copy_encoders(model, reader, stage.learns)
-    return reader
+    return reader, [replace(example, tokens=vocabulary.new[example.tokens]) for example in examples]
 
 
 def _thaw_text(model: Decoder) -> list[torch.nn.Parameter]:

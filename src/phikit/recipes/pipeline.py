@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +269,9 @@ class Pipeline:
         if loaded is None:
             assert isinstance(stage, PretrainStage), "a new base is pre-trained first"
             loaded = self._new_base(stage)
-        if (folder.path / "config.json").exists():
-            run = Run.open(folder.path)
-        else:
-            run = Run.create(folder.path, stage, kind="stage")
+        is_begun = (folder.path / "config.json").exists()
+        make = Run.open if is_begun else partial(Run.create, config=stage, kind="stage")
+        run = make(folder.path)
         started = time.perf_counter()
         context = StageContext(
             loaded=loaded,
