@@ -68,6 +68,8 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         learning += _thaw_text(taught)
     if not learning:
         raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
+    if stage.reader is None:
+        examples = [_encoded(example, taught, stage) for example in examples]
     seed = stage_seed(context.seed, stage.name, "order")
     objective = MediaSFTObjective(examples, stage.sft, seed=seed)
 
@@ -87,6 +89,18 @@ def _compact(example: Example) -> Example:
         replace(image, pixels_MCHW=image.pixels_MCHW.astype(np.float16)) for image in items[VISION]
     )
     return replace(example, media=of_items({**items, VISION: images}))
+
+
+def _encoded(example: Example, model: Decoder, stage: MediaStage) -> Example:
+    """The example with the work of frozen encoders done; clips that are masked stay sounds."""
+    if example.media is None:
+        return example
+    items = dict(example.media.items)
+    for name, of in items.items():
+        is_masked = name == SPEECH and stage.sft.spec_augment is not None
+        if "encoder" not in stage.learns.get(name, ()) and not is_masked:
+            items[name] = tuple(model.senses[name].encoded(of))
+    return replace(example, media=of_items(items))
 
 
 def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> None:

@@ -4,7 +4,7 @@ Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2 and 3.2; LLa
 2403.08002) for the modular variant.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from phikit.base.errors import ConfigError
 from phikit.data.media.augment import SpecAugmentConfig
@@ -31,6 +31,7 @@ from phikit.train.optim import OptimConfig
 from phikit.weights.surgery import Part
 
 Backbone = Literal["smollm2", "nano"]
+Tuning = Literal["mixture", "shared", "full"]
 PICTURES = {"digit": 4_000, "text": 8_000, "chart": 4_000, "shapes": 4_000}
 SOUNDS = {"spoken_digits": 6_000, "command": 4_000}
 READER = DenseConfig(
@@ -140,13 +141,24 @@ def joint_stage() -> MediaStage:
     return stage("joint", families, learns, rate=1e-3)
 
 
-def see_and_hear(*, backbone: Backbone = "smollm2") -> PipelineConfig:
-    """SmolLM2-135M learns to see and hear; see docs/multimodal.md for what is measured.
+def see_and_hear(
+    *, backbone: Backbone = "smollm2", tuning: Tuning = "mixture", without: str = ""
+) -> PipelineConfig:
+    """SmolLM2-135M learns to see and hear beside its text, which stays what it was.
 
-    `--set backbone=nano` takes a model of 1.8 M parameters instead, which it trains first.
+    `--set backbone=nano` takes a model of 1.8 M parameters instead, which it trains first. For
+    comparison, `--set tuning=shared` has one adapter for both senses, `--set tuning=full` trains
+    the text model in their place, and `--set without=vision2` leaves a stage out.
     """
     stages = (*encoders(), *vision_stages(), *speech_stages(), joint_stage())
-    return _pipeline("see_and_hear", backbone, (vision(), speech()), stages)
+    if without and without not in {each.name for each in stages}:
+        raise ConfigError(
+            f"there is no stage {without!r} to leave out",
+            fix=f"it has {', '.join(each.name for each in stages)}",
+        )
+    kept = tuple(each for each in stages if each.name != without)
+    senses, kept = _tuned(tuning, (vision(), speech()), kept)
+    return _pipeline("see_and_hear", backbone, senses, kept)
 
 
 def see_modular(*, backbone: Backbone = "smollm2") -> PipelineConfig:
@@ -176,6 +188,36 @@ def _pipeline(
             source=MediaSource(families=dict.fromkeys(sorted(families), 100)), max_new_tokens=24
         ),
     )
+
+
+def _tuned(
+    tuning: Tuning, senses: tuple[SenseConfig, ...], stages: tuple[MediaStage, ...]
+) -> tuple[tuple[SenseConfig, ...], tuple[MediaStage, ...]]:
+    """Senses and stages with adapters of their own, with one for all, or without any."""
+    if tuning == "mixture":
+        return senses, stages
+    if tuning not in ("shared", "full"):
+        raise ConfigError(
+            f"there is no tuning {tuning!r}", fix=f"choose from {', '.join(get_args(Tuning))}"
+        )
+    owner = senses[0].name if tuning == "shared" else None
+    bare = tuple(
+        each if each.name == owner else each.model_copy(update={"adapter": None, "borrows": owner})
+        for each in senses
+    )
+    return bare, tuple(_with_adapter_of(owner, each) for each in stages)
+
+
+def _with_adapter_of(owner: str | None, stage: MediaStage) -> MediaStage:
+    """The stage with `owner`'s adapter in place of those that it trains; None is the text model."""
+    trains = any("adapter" in learnt for learnt in stage.learns.values())
+    learns: dict[str, tuple[Part, ...]] = {
+        name: tuple(part for part in learnt if part != "adapter")
+        for name, learnt in stage.learns.items()
+    }
+    if trains and owner is not None:
+        learns[owner] = (*learns.get(owner, ()), "adapter")
+    return stage.model_copy(update={"learns": learns, "backbone": trains and owner is None})
 
 
 def _base(backbone: Backbone) -> tuple[NewBase | PretrainedBase, tuple[PretrainStage, ...]]:
