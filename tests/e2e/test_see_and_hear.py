@@ -79,6 +79,7 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
     assert {*results["chance"]} == held_out
     assert results["stages"][3]["senses"]["digit"]["measure"] == "exact match"
     assert results["stages"][-1]["items"] == {"read": 6, "faults": []}
+    assert "spoken_scene" in done.stdout and "Chance" in done.stdout
     page = (out / "report.html").read_text()
     for words in ("text model unchanged", "data:image/png;base64", "spoken_scene", "CER"):
         assert words in page, words
@@ -86,6 +87,9 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
     again = phikit("run", "see_and_hear", "--out", out, *TINY)
     assert again.returncode == 0 and "done before" in again.stdout
     assert json.loads((out / "results.json").read_text()) == results
+
+    compared = phikit("diff", out, out)
+    assert compared.returncode == 0 and "joint" in compared.stdout, compared.stderr
 
     image, clip = _files(tmp_path)
     for shown in (("--image", image), ("--audio", clip), ("--image", image, "--audio", clip), ()):

@@ -92,6 +92,7 @@ def train(
 def _run(config: "PipelineConfig", folder: Path, *, until: str | None) -> None:
     from phikit.base.progress import Progress
     from phikit.cli.screen import screen
+    from phikit.evals.media_report import family_table
     from phikit.evals.table import stage_table
     from phikit.recipes import pipeline_for
 
@@ -102,6 +103,9 @@ def _run(config: "PipelineConfig", folder: Path, *, until: str | None) -> None:
         results = pipeline_for(config, folder, progress=progress).run(until=until)
     console.print()
     console.print(stage_table(results))
+    if "chance" in results:
+        console.print()
+        console.print(family_table(results))
     console.print()
     typer.echo(f"report: {folder / 'report.html'}")
     typer.echo(f"chat:   {command(['chat', str(folder)])}")

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
 
 from phikit.base.errors import MissingExtraError
 from phikit.base.media import SPEECH, VISION
@@ -60,6 +62,17 @@ def family_rows(
         measure = next(cell["measure"] for cell in cells if cell)
         rows.append((family, measure, *map(_share, (chance.get(family), *cells))))
     return rows
+
+
+def family_table(results: Mapping[str, Any]) -> Table:
+    """The same for a terminal; a stage that was not scored has no column."""
+    stages = [stage for stage in results["stages"] if stage.get("senses")]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("Family", "Measure", "Chance", *(stage["name"] for stage in stages)):
+        table.add_column(column, justify="left" if column in ("Family", "Measure") else "right")
+    for row in family_rows(stages, results["chance"]):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _figures(stages: Sequence[Mapping[str, Any]], chance: Mapping[str, Any]) -> str:

@@ -50,6 +50,8 @@ MEASURES: Mapping[str, Measure] = {
     "spoken_digits": WER,
     "command": WER,
     "recorded_digits": WER,
+    "librispeech": WER,
+    "common_voice": WER,
 }
 """By family; all others are measured by exact match."""
 

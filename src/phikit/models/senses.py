@@ -24,7 +24,7 @@ from phikit.models.modality import Modality, ModalityConfig, register
 from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
 from phikit.nn.vision import ImageEmbedder, VisionConfig
 
-TABLE_STD = 0.02
+TABLE_STD = 0.3
 """Of position tables, which the encoders leave at zero for a checkpoint to fill."""
 MIN_BAND_STD = 0.1
 """Of a mel band's logarithm; less is silence throughout, or a band beyond the sampling rate."""

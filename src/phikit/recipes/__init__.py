@@ -9,7 +9,7 @@ from phikit.recipes.config import PipelineConfig
 from phikit.recipes.grin_nano import grin_nano
 from phikit.recipes.nano_reasoner import nano_reasoner
 from phikit.recipes.phi4_mini_reasoning import phi4_mini_reasoning
-from phikit.recipes.see_and_hear import see_and_hear, see_modular
+from phikit.recipes.see_and_hear import hear_recordings, see_and_hear, see_modular
 from phikit.recipes.smol_reasoner import smol_reasoner, smol_reasoner_lora
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ PIPELINES: dict[str, Callable[..., PipelineConfig]] = {
         phi4_mini_reasoning,
         see_and_hear,
         see_modular,
+        hear_recordings,
     )
 }
 

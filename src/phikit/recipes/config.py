@@ -11,6 +11,7 @@ from phikit.data.source import Source
 from phikit.models.dense import DenseConfig
 from phikit.models.moe import MoEConfig
 from phikit.models.senses import SpeechModality, VisionModality
+from phikit.train.contrastive import ContrastiveConfig
 from phikit.train.dpo import DPOConfig
 from phikit.train.grpo import GRPOConfig
 from phikit.train.lm import LMConfig
@@ -138,8 +139,16 @@ class MediaStage(_Stage):
     encoders alone: their initialisation. Its vocabulary is that of the examples, whatever is set
     here."""
     sft: MediaSFTConfig
+    contrastive: ContrastiveConfig | None = None
+    """Draw items and replies together in place of fine-tuning; needs a reader."""
     on_fault: Literal["stop", "skip"] = "stop"
     """What to do about an item that cannot be read; those left out are listed in the report."""
+
+    @model_validator(mode="after")
+    def _pairs_have_a_reader(self) -> Self:
+        if self.contrastive is not None and self.reader is None:
+            raise ValueError("contrastive: pairs train encoders, so give the stage a reader")
+        return self
 
 
 Stage = Annotated[

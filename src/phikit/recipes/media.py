@@ -27,6 +27,7 @@ from phikit.models.registry import build
 from phikit.models.senses import Hearing
 from phikit.recipes.config import MediaStage
 from phikit.recipes.context import Prepared, StageContext, stage_seed
+from phikit.train.contrastive import ContrastiveObjective, pair_of
 from phikit.train.media import MediaSFTObjective
 from phikit.weights.surgery import attach, parts, train_only
 
@@ -71,13 +72,23 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     if stage.reader is None:
         examples = [_encoded(example, taught, stage) for example in examples]
     seed = stage_seed(context.seed, stage.name, "order")
-    objective = MediaSFTObjective(examples, stage.sft, seed=seed)
+    objective = _objective(stage, taught, examples, seed)
 
     def finish() -> None:
         if taught is not model:
             copy_encoders(taught, model, stage.learns)
 
     return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), taught, finish)
+
+
+def _objective(
+    stage: MediaStage, model: Decoder, examples: Sequence[Example], seed: int
+) -> MediaSFTObjective | ContrastiveObjective:
+    if stage.contrastive is None:
+        return MediaSFTObjective(examples, stage.sft, seed=seed)
+    marks = [sense.token for sense in model.senses.values()]
+    pairs = [pair_of(example, placeholders=marks) for example in examples]
+    return ContrastiveObjective(model, pairs, stage.contrastive, seed=seed)
 
 
 def _compact(example: Example) -> Example:

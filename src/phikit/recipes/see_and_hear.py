@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from phikit.base.errors import ConfigError
 from phikit.data.media.augment import SpecAugmentConfig
-from phikit.data.source import MediaSource
+from phikit.data.source import MediaFileSource, MediaSource
 from phikit.models.catalogue import SMOLLM2_135M
 from phikit.models.dense import DenseConfig
 from phikit.models.modality import AdapterConfig
@@ -171,13 +171,43 @@ def see_modular(*, backbone: Backbone = "smollm2") -> PipelineConfig:
     return _pipeline("see_modular", backbone, (vision(),), stages)
 
 
+def hear_recordings(
+    *, recordings: str = "recordings", held_out: str = "george", backbone: Backbone = "smollm2"
+) -> PipelineConfig:
+    """Spoken digits from recordings of people; the speaker `held_out` is heard in the test alone.
+
+    `recordings` is a folder in the layout of the Free Spoken Digit Dataset, which is public.
+    """
+    source = MediaFileSource(layout="spoken_digits", path=recordings, held_out=held_out)
+    taught = (
+        _from(source, encoders()[1], epochs=6),
+        _from(source, speech_stages()[0], count=600),
+        _from(source, speech_stages()[1], count=600),
+    )
+    config = _pipeline("hear_recordings", backbone, (speech(),), taught)
+    evaluation = config.evaluation.model_copy(
+        update={"source": source.model_copy(update={"count": 200})}
+    )
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def _from(
+    source: MediaFileSource, stage: MediaStage, *, count: int | None = None, epochs: float = 1.0
+) -> MediaStage:
+    """A stage on other problems."""
+    taken = source.model_copy(update={"count": count})
+    loop = stage.loop.model_copy(update={"epochs": epochs})
+    return stage.model_copy(update={"source": taken, "loop": loop})
+
+
 def _pipeline(
     name: str,
     backbone: Backbone,
     modalities: tuple[SenseConfig, ...],
     stages: tuple[MediaStage, ...],
 ) -> PipelineConfig:
-    families = {family for each in stages for family in each.source.families}  # pyright: ignore
+    sources = [each.source for each in stages]
+    families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
     base, first = _base(backbone)
     return PipelineConfig(
         name=name,

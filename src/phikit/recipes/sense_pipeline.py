@@ -23,9 +23,10 @@ from phikit.base.media import Media
 from phikit.chat.message import Message
 from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.media.generate import drafts
+from phikit.data.media.layouts import family_of
 from phikit.data.media.problem import MediaProblem, media_of
 from phikit.data.problem import Problem
-from phikit.data.source import load_problems
+from phikit.data.source import MediaFileSource, MediaSource, load_problems
 from phikit.evals.media_report import shown_items
 from phikit.evals.senses import chance, figures, sense_scorer
 from phikit.evals.task import EvalResult, Task, evaluate
@@ -40,6 +41,8 @@ from phikit.recipes.pipeline import HELD_OUT, Pipeline, StageFolder
 from phikit.solve.plain import SamplingConfig, Senses, plain
 from phikit.weights.load import Loaded
 
+TEXT = "text.json"
+"""A `TextState`, in the folder of its stage."""
 PLACEHOLDER = re.compile(r"<\|[a-z]+_\d+\|>")
 DOCUMENTS, TEXTS, TEXT_TOKENS = 80, 16, 48
 """Documents on which the text model is compared, and the rows that are cut from them."""
@@ -112,14 +115,14 @@ class SensePipeline(Pipeline):
         with storage_errors(folder):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
         stage = self._stage_of(folder)
-        kept: dict[str, Any] = {"text": text_state(loaded)._asdict(), "results": {}}
+        write_atomic(folder / TEXT, json.dumps(text_state(loaded)._asdict()))
+        kept: dict[str, Any] = {}
         if not isinstance(stage, MediaStage):
             alone = [_without_media(problem) for problem in problems]
-            kept["results"]["blind"] = self._ask(loaded, alone, folder, None).to_dict()
+            kept["greedy"] = self._ask(loaded, alone, folder, None).to_dict()
         elif chosen := self._families_of(stage, problems):
-            senses = _senses(loaded.model)
-            result = self._ask(loaded, chosen, folder, senses)
-            kept["results"]["greedy"] = result.to_dict()
+            result = self._ask(loaded, chosen, folder, _senses(loaded.model))
+            kept["greedy"] = result.to_dict()
             write_transcripts(folder / "samples" / "test.txt", transcripts(result))
             self.progress.print(render_transcript(transcripts(result)[0]))
         write_atomic(self._evaluation_path(folder), json.dumps(kept))
@@ -146,15 +149,7 @@ class SensePipeline(Pipeline):
             return []
         if stage is self.config.stages[-1]:
             return list(problems)
-        trained = getattr(stage.source, "families", {})
-        return [p for p in problems if p.provenance.family in trained]
-
-    def _kept(self, folder: Path) -> dict[str, Any]:
-        return json.loads(self._evaluation_path(folder).read_text(encoding="utf-8"))
-
-    def _evaluation(self, folder: Path) -> dict[str, EvalResult]:
-        kept = self._kept(folder)["results"]
-        return {name: EvalResult.from_dict(value) for name, value in kept.items()}
+        return [p for p in problems if p.provenance.family in _families(stage)]
 
     def _summary(
         self, name: str, folder: StageFolder | None, evaluations: list[dict[str, EvalResult]]
@@ -162,12 +157,12 @@ class SensePipeline(Pipeline):
         """One stage's line of results.json."""
         path = folder.path if folder else self.out / "base"
         cost = (folder.result() if folder else None) or {}
-        result = evaluations[-1].get("greedy") or evaluations[-1].get("blind")
+        result = evaluations[-1].get("greedy")
         line: dict[str, Any] = {
             "name": name,
             "seconds": cost.get("seconds", 0.0),
             "tokens": cost.get("tokens", 0),
-            "text": self._kept(path)["text"],
+            "text": json.loads((path / TEXT).read_text(encoding="utf-8")),
             "senses": figures(result) if result else {},
             "metrics": self._metrics(folder),
         }
@@ -194,11 +189,12 @@ class SensePipeline(Pipeline):
     def _chance(self, problems: Sequence[Problem]) -> dict[str, Any]:
         answers: dict[str, list[tuple[str, str]]] = {}
         for stage in self.config.stages:
-            for family in getattr(getattr(stage, "source", None), "families", None) or ():
-                if family not in answers and isinstance(stage, MediaStage):
-                    seed = stage_seed(self.config.seed, stage.name, "problems")
-                    drawn = drafts(family=family, seed=seed, count=COUNTED, split="train")
-                    answers[family] = [(draft.question, draft.answer) for draft in drawn]
+            if not isinstance(stage, MediaStage):
+                continue
+            seed = stage_seed(self.config.seed, stage.name, "problems")
+            for family in _families(stage):
+                if family not in answers:
+                    answers[family] = _answers(stage, family, seed)
         return chance(problems, answers)
 
     def _gallery(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -228,6 +224,25 @@ class SensePipeline(Pipeline):
             for of_family in shown.values()
             for problem in of_family
         ]
+
+
+def _families(stage: MediaStage) -> list[str]:
+    """What a stage trains on."""
+    match stage.source:
+        case MediaSource(families=families):
+            return [*families]
+        case MediaFileSource(layout=layout):
+            return [family_of(layout)]
+    return []
+
+
+def _answers(stage: MediaStage, family: str, seed: int) -> list[tuple[str, str]]:
+    """Questions and answers of a family in a stage's training; no item is made or opened."""
+    if isinstance(stage.source, MediaSource):
+        drawn = drafts(family=family, seed=seed, count=COUNTED, split="train")
+        return [(draft.question, draft.answer) for draft in drawn]
+    found = load_problems(stage.source, split="train", seed=seed)
+    return [(problem.question, problem.answer) for problem in found]
 
 
 def text_state(loaded: Loaded) -> TextState:

@@ -50,8 +50,13 @@ def read_layout(layout: Layout, path: Path) -> list[MediaProblem]:
     items = list(_READERS[layout](path))
     if not items:
         raise DataError(f"{path} holds nothing in the layout {layout!r}", fix="check the layout")
-    family = "recorded_digits" if layout == "spoken_digits" else layout
+    family = family_of(layout)
     return [_problem(item, index, family, root) for index, item in enumerate(items)]
+
+
+def family_of(layout: Layout) -> str:
+    """What problems of a layout are called in results; the generator has spoken digits too."""
+    return "recorded_digits" if layout == "spoken_digits" else layout
 
 
 def _problem(item: Item, index: int, family: str, root: Path) -> MediaProblem:
