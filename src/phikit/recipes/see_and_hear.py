@@ -32,8 +32,8 @@ from phikit.weights.surgery import Part
 
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
-PICTURES = {"digit": 4_000, "text": 8_000, "chart": 4_000, "shapes": 4_000}
-SOUNDS = {"spoken_digits": 6_000, "command": 4_000}
+PICTURES = {"digit": 3_000, "text": 6_000, "chart": 3_000, "shapes": 3_000}
+SOUNDS = {"spoken_digits": 4_000, "command": 3_000}
 READER = DenseConfig(
     vocab_size=1,
     d_model=128,
@@ -81,14 +81,14 @@ def stage(
     reader: DenseConfig | None = None,
     masked: bool = False,
 ) -> MediaStage:
-    """One stage of this line: steps of 32 examples, and the rate falls over the last half."""
+    """One stage of this line; the rate falls over the last half of its steps."""
     return MediaStage(
         name=name,
         source=MediaSource(families=families),
         learns=learns,
         reader=reader,
         sft=MediaSFTConfig(
-            examples_per_step=32,
+            examples_per_step=16 if reader is None else 32,
             micro_examples=16 if reader is None else 32,
             spec_augment=SpecAugmentConfig() if masked else None,
         ),
@@ -103,7 +103,7 @@ def encoders() -> tuple[MediaStage, ...]:
     """The encoders' initialisation, with a small reader that is thrown away."""
     return (
         stage("see", PICTURES, {"vision": ("encoder", "projector")}, rate=2e-3, muon=0.02,
-              epochs=3, reader=READER),
+              epochs=2, reader=READER),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector")}, rate=2e-3, muon=0.02,
               epochs=3, reader=READER, masked=True),
     )  # fmt: skip
@@ -112,20 +112,20 @@ def encoders() -> tuple[MediaStage, ...]:
 def vision_stages() -> tuple[MediaStage, ...]:
     """Projector; projector and encoder; LoRA as well; several images with the encoder frozen."""
     return (
-        stage("vision1", _share(PICTURES, 0.08), {"vision": ("projector",)}, rate=2e-3),
-        stage("vision2", _share(PICTURES, 0.08), {"vision": ("projector", "encoder")}, rate=1e-3),
-        stage("vision3", _share(PICTURES, 0.12), {"vision": ("projector", "encoder", "adapter")},
+        stage("vision1", _share(PICTURES, 0.03), {"vision": ("projector",)}, rate=2e-3),
+        stage("vision2", _share(PICTURES, 0.03), {"vision": ("projector", "encoder")}, rate=1e-3),
+        stage("vision3", _share(PICTURES, 0.06), {"vision": ("projector", "encoder", "adapter")},
               rate=1e-3),
-        stage("vision4", {"pages": 600} | _share(PICTURES, 0.02),
+        stage("vision4", {"pages": 200} | _share(PICTURES, 0.02),
               {"vision": ("projector", "adapter")}, rate=5e-4),
     )  # fmt: skip
 
 
 def speech_stages() -> tuple[MediaStage, ...]:
     """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
-    asked = {"spoken_sum": 800} | _share(SOUNDS, 0.1)
+    asked = {"spoken_sum": 300} | _share(SOUNDS, 0.06)
     return (
-        stage("speech1", _share(SOUNDS, 0.15), {"speech": ("projector", "encoder")},
+        stage("speech1", _share(SOUNDS, 0.07), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
         stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=1e-3, masked=True),
     )  # fmt: skip
@@ -133,7 +133,7 @@ def speech_stages() -> tuple[MediaStage, ...]:
 
 def joint_stage() -> MediaStage:
     """Questions spoken about pictures; the text model and the audio side are frozen."""
-    families = {"spoken_scene": 1_200} | _share(PICTURES, 0.02)
+    families = {"spoken_scene": 500} | _share(PICTURES, 0.02)
     learns: dict[str, tuple[Part, ...]] = {
         "vision": ("projector", "encoder", "adapter"),
         "speech": ("beside",),
@@ -215,7 +215,7 @@ def _pipeline(
         modalities=modalities,
         stages=(*first, *stages),
         evaluation=EvaluationConfig(
-            source=MediaSource(families=dict.fromkeys(sorted(families), 100)), max_new_tokens=24
+            source=MediaSource(families=dict.fromkeys(sorted(families), 60)), max_new_tokens=24
         ),
     )
 
