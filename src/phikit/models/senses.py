@@ -25,8 +25,8 @@ from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
 from phikit.nn.vision import ImageEmbedder, VisionConfig
 
 TABLE_STD = 0.3
-"""Of position tables, which the encoders leave at zero for a checkpoint to fill. As large as an
-embedded patch: at 0.02 a small tower saw no order for its first hundreds of steps."""
+"""Of position tables, which the encoders leave at zero for a checkpoint to fill. About as large as
+an embedded patch, so that a small tower sees from the start what is where."""
 MIN_BAND_STD = 0.1
 """Of a mel band's logarithm; less is silence throughout, or a band beyond the sampling rate."""
 
