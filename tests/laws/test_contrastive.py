@@ -64,7 +64,7 @@ def test_it_is_the_loss_of_the_paper():
     logits = [10 * 1.0 - 10, 10 * 0.6 - 10, 10 * 0.0 - 10, 10 * 0.8 - 10]
     signs = [1, -1, -1, 1]
     expected = sum(math.log1p(math.exp(-s * x)) for s, x in zip(signs, logits, strict=True))
-    assert abs(float(loss) - expected) < 1e-5
+    assert abs(loss.item() - expected) < 1e-5
 
 
 def test_recall():

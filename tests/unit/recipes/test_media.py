@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ def source(tmp_path: Path) -> MediaFileSource:
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "damaged.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.png").touch()
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "bomb.png").write_bytes(_of_size(whole, 20_000))
     Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")
     names = ["good", "damaged", "empty", "bomb", "thin", "missing", "better"]
     turns = [{"from": "human", "value": "<image>What colour?"}, {"from": "gpt", "value": "red"}]
@@ -72,6 +74,12 @@ def context(tmp_path: Path, nano_tokenizer: Tokenizer, source: MediaFileSource):
         progress=Progress(console=Console(file=io.StringIO())),
         modalities=(modality,),
     )
+
+
+def _of_size(png: bytes, side: int) -> bytes:
+    """A PNG file whose header promises so many pixels a side."""
+    header = b"IHDR" + struct.pack(">II", side, side) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 def stage(source: MediaFileSource, **changes: object) -> MediaStage:
