@@ -313,3 +313,30 @@ def test_the_page_prints_the_third_modality():
 def test_mixed_rows_are_of_one_shape(tiny_model):
     batch: Mixed = mixed(taught(tiny_model()))
     assert batch.text == [0, 5] and batch.tokens_BT.shape == (6, 48)
+
+
+def test_what_an_encoder_has_seen_already_is_seen_the_same(tiny_model: Callable[..., Decoder]):
+    """Up to the rounding of another batch; a batch may hold items of both kinds."""
+    model = taught(tiny_model(), *MODALITIES[:2])
+    sight, hearing = model.senses["vision"], model.senses["speech"]
+    for sense, items, leader in (
+        (sight, [image(1), image(2)], "vision"),
+        (hearing, [clip(30, 1), clip(44, 2)], "speech"),
+        (hearing, [clip(17, 3)], "vision"),
+    ):
+        with torch.no_grad():
+            expected = sense(items, leader=leader)
+            done = sense.encoded(items)
+            assert [each.num_tokens for each in done] == [each.num_tokens for each in items]
+            for mixed_items in (done, [*items[:1], *done[1:]]):
+                for a, b in zip(expected, sense(mixed_items, leader=leader), strict=True):
+                    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_modality_may_borrow_an_adapter(tiny_model: Callable[..., Decoder]):
+    """Then its rows run on that one, and those of text on none."""
+    vision, speech = MODALITIES[:2]
+    borrower = speech.model_copy(update={"adapter": None, "borrows": "vision"})
+    model = taught(tiny_model(), vision, borrower)
+    rows = [ROWS["text"], ROWS["speech"], ROWS["vision"], ROWS["both"]]
+    assert model.adapters_for(rows) == [None, "vision", "vision", "vision"]

@@ -44,7 +44,9 @@ def test_a_recipe_builds_on_meta_and_has_a_budget(name: str):
         model = build(config.base.model)
     costs = budget(config)
     total = sum(p.numel() for p in model.parameters())
-    if config.lora is None:
+    if config.modalities:
+        assert costs.parameters.total == total + costs.parameters.trainable
+    elif config.lora is None:
         assert costs.parameters == (total, total)
     else:
         assert costs.parameters.total == total + costs.parameters.trainable

@@ -93,10 +93,13 @@ def _evaluations(path: Path, record: dict[str, Any]) -> "dict[str, EvalResult]":
     file = f"evaluation-{fingerprint(record['config']['evaluation'])[:8]}.json"
     folders = {stage_name(folder): folder for folder in finished_stages(path, record)}
     kept = {name: folder / file for name, folder in {"base": path / "base", **folders}.items()}
-    return {
-        name: EvalResult.from_dict(json.loads(file.read_text(encoding="utf-8"))["greedy"])
+    found = {
+        name: json.loads(file.read_text(encoding="utf-8"))
         for name, file in kept.items()
         if file.is_file()
+    }
+    return {
+        name: EvalResult.from_dict(of["greedy"]) for name, of in found.items() if "greedy" in of
     }
 
 

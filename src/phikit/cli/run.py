@@ -103,16 +103,20 @@ def train(
 def _run(config: "PipelineConfig", folder: Path, *, until: str | None) -> None:
     from phikit.base.progress import Progress
     from phikit.cli.screen import screen
+    from phikit.evals.media_report import family_table
     from phikit.evals.table import stage_table
-    from phikit.recipes.pipeline import Pipeline
+    from phikit.recipes import pipeline_for
 
     console = screen()
     _tell_changes(config, folder)
     typer.echo(f"{config.name}: {len(config.stages)} stages, into {folder}")
     with Progress(console=console) as progress:
-        results = Pipeline(config, folder, progress=progress).run(until=until)
+        results = pipeline_for(config, folder, progress=progress).run(until=until)
     console.print()
     console.print(stage_table(results))
+    if "chance" in results:
+        console.print()
+        console.print(family_table(results))
     console.print()
     typer.echo(f"report: {folder / 'report.html'}")
     typer.echo(f"chat:   {command(['chat', str(folder)])}")

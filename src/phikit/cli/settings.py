@@ -1,5 +1,6 @@
 """From the shared options of `run` and `train` to one complete config, and back to its settings."""
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     from phikit.recipes.config import PipelineConfig
 
 
-def recipe(name: str) -> "PipelineConfig":
-    """The config that the recipe called `name` returns.
+def recipe(name: str, assignments: Sequence[str] = ()) -> tuple["PipelineConfig", list[str]]:
+    """The config that the recipe called `name` returns, and the assignments that are left.
+
+    A recipe may have parameters of its own, such as the backbone that it starts from; an assignment
+    to one of them chooses among its configs.
 
     Raises:
         ConfigError: there is no such recipe; names the nearest.
@@ -26,7 +30,11 @@ def recipe(name: str) -> "PipelineConfig":
             f"there is no recipe {name!r}",
             fix=f"did you mean {near}? `phikit recipes` lists all {len(PIPELINES)}",
         )
-    return PIPELINES[name]()
+    own = inspect.signature(PIPELINES[name]).parameters
+    pairs = [assignment.partition("=") for assignment in assignments]
+    chosen = {key.strip(): value for key, _, value in pairs if key.strip() in own}
+    left = ["".join(pair) for pair in pairs if pair[0].strip() not in own]
+    return PIPELINES[name](**chosen), left
 
 
 def complete_recipe(typed: str) -> list[str]:
@@ -92,7 +100,7 @@ def resolve(
     elif name is None:
         raise ConfigError("no recipe named", fix="name one: `phikit recipes` lists them")
     else:
-        config = recipe(name)
+        config, assignments = recipe(name, assignments)
     folder = out or Path("runs") / config.name
     if resume:
         config = PipelineConfig.resolve(_resumed(folder), assignments)

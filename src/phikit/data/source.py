@@ -5,12 +5,15 @@ their content, so no seed and no file can put one problem on both sides.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from phikit.base.config import Config
 from phikit.base.errors import DataError, MissingExtraError
+from phikit.data.media.generate import generate as generate_media
+from phikit.data.media.layouts import Layout, read_layout
 from phikit.data.problem import Problem, Provenance, normalise, read_problems
 from phikit.data.procedural import DEFAULT_STEPS, Level, generate
 from phikit.data.split import Split, split_of
@@ -56,7 +59,35 @@ class HubSource(Config):
     """All rows are test problems; otherwise each belongs to a split by its content."""
 
 
-Source = Annotated[ProceduralSource | FileSource | HubSource, Field(discriminator="kind")]
+class MediaSource(Config):
+    """Generated problems about pictures and speech."""
+
+    kind: Literal["media"] = "media"
+    families: dict[str, int]
+    """How many problems of each family of `data.media.generate`."""
+
+    @property
+    def count(self) -> int:
+        return sum(self.families.values())
+
+
+class MediaFileSource(Config):
+    """Pictures or recordings of one's own, in a published layout (`data.media.layouts`)."""
+
+    kind: Literal["media_file"] = "media_file"
+    layout: Layout
+    path: str
+    """The file that lists the items, or their folder."""
+    count: int | None = None
+    held_out: str | None = None
+    """A speaker whose recordings are the held-out problems; all the others' train. None goes by
+    the content."""
+
+
+Source = Annotated[
+    ProceduralSource | FileSource | HubSource | MediaSource | MediaFileSource,
+    Field(discriminator="kind"),
+]
 
 
 def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
@@ -73,6 +104,14 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
             steps=source.steps,
             level=source.level,
         )
+    if isinstance(source, MediaSource):
+        return [
+            problem
+            for family, count in source.families.items()
+            for problem in generate_media(family=family, seed=seed, count=count, split=split)
+        ]
+    if isinstance(source, MediaFileSource):
+        return _of_files(source, split)
     is_benchmark = False
     if isinstance(source, FileSource):
         problems: Iterable[Problem] = read_problems(source.path)
@@ -92,6 +131,24 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
     if not found:
         raise DataError(f"{source.kind} source has no problem of the split {split!r}")
     return found
+
+
+def _of_files(source: MediaFileSource, split: Split) -> list[Problem]:
+    """The problems of one side, spread evenly over the whole, as layouts are sorted."""
+    found = read_layout(source.layout, Path(source.path))
+    if source.held_out is None:
+        chosen = [problem for problem in found if split_of(problem.signature) == split]
+    else:
+        mark = f"voice:{source.held_out}"
+        is_training = split in ("train", "rl")
+        chosen = [problem for problem in found if (mark in problem.styles) != is_training]
+    if not chosen:
+        raise DataError(
+            f"{source.path} has no problem of the split {split!r}",
+            fix="check held_out" if source.held_out else "give it more items",
+        )
+    step = 1 if source.count is None else max(1, len(chosen) // source.count)
+    return list(chosen[::step][: source.count])
 
 
 def _hub(source: HubSource) -> Iterable[Problem]:

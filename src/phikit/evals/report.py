@@ -13,6 +13,7 @@ from typing import Any
 
 from phikit.base.files import write_atomic
 from phikit.evals.expert_plot import kinds_svg, load_svg
+from phikit.evals.media_report import senses_section
 from phikit.evals.plots import (
     CURVES,
     DARK,
@@ -45,6 +46,7 @@ def render_report(results: Mapping[str, Any]) -> str:
     body = [
         f"<header><h1>{title}</h1>{_headline(checked.stages)}{_facts(checked.meta)}</header>",
         _table(checked.all_stages),
+        senses_section(results),
         _charts(checked),
         _experts(checked),
         _transcripts(checked.all_stages),
@@ -55,7 +57,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>{title}</title><style>{_style()}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
@@ -270,6 +272,7 @@ margin-right:.4rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:1rem}
 figure{margin:0;padding:.8rem}
 .wide{grid-column:1/-1}
+img{max-width:100%;min-height:3rem;margin:.4rem .4rem .4rem 0;image-rendering:pixelated}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
 section>details{margin-bottom:.6rem;padding:0 1rem}

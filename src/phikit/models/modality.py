@@ -71,6 +71,13 @@ class Modality(nn.Module):
         """
         raise NotImplementedError
 
+    def encoded(self, items: Sequence[Any]) -> list[Any]:
+        """The items with the encoder's work done, which `forward` takes as well.
+
+        For stages that leave the encoder as it is. One that cannot returns what it was given.
+        """
+        return list(items)
+
     def projectors(self) -> dict[str, list[nn.Parameter]]:
         """The parameters between encoder and decoder; all others are the encoder's.
 
@@ -133,6 +140,9 @@ class ModalityConfig(Config):
     """In a row of several modalities the one of the highest precedence leads."""
     adapter: AdapterConfig | None = None
     """None leaves its rows to the bare base."""
+    borrows: str | None = None
+    """The modality whose adapter the rows run on that this one leads. So several can share one, and
+    disturb each other."""
 
     def build(self, d_model: int) -> Modality:
         """The modality with fresh weights, for a decoder of this width."""
@@ -191,7 +201,8 @@ def adapters_for(
     """The adapter of each row; None where the model has none for what leads it, or nothing does."""
     attached = route_of(model).names
     leaders = [leader(senses, row) for row in media]
-    return [name if name in attached else None for name in leaders]
+    wanted = [name and (senses[name].config.borrows or name) for name in leaders]
+    return [name if name in attached else None for name in wanted]
 
 
 def overwrite_media(

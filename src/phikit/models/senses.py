@@ -5,11 +5,13 @@ takes them small: a crop of 28 pixels and two layers read a digit.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,18 +21,66 @@ from phikit.base.media import SPEECH, VISION
 from phikit.chat.audio import MAX_SECONDS, RATE_HZ, AudioClip, audio_clip, load_audio
 from phikit.chat.image import ImageCrops, load_image
 from phikit.models.modality import Modality, ModalityConfig, register
-from phikit.nn.speech import AudioEmbedder, SpeechConfig
+from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
 from phikit.nn.vision import ImageEmbedder, VisionConfig
 
-TABLE_STD = 0.02
-"""Of position tables, which the encoders leave at zero for a checkpoint to fill."""
+TABLE_STD = 0.3
+"""Of position tables, which the encoders leave at zero for a checkpoint to fill. About as large as
+an embedded patch, so that a small tower sees from the start what is where."""
+MIN_BAND_STD = 0.1
+"""Of a mel band's logarithm; less is silence throughout, or a band beyond the sampling rate."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenImage:
+    """An image after the tower."""
+
+    features_MQQD: NDArray[np.float32]
+    mask_MPP: NDArray[np.bool_]
+    height_crops: int
+    width_crops: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeardClip:
+    """A clip after the encoder, one vector a token."""
+
+    features_SD: NDArray[np.float32]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.features_SD)
 
 
 class Sight(ImageEmbedder, Modality):
     """Images as crops; the learnt separators belong to the projector, as they end its sequences."""
 
-    def forward(self, images: Sequence[ImageCrops], *, leader: str = VISION) -> list[Tensor]:
-        return super().forward(images)
+    def forward(
+        self, images: Sequence[ImageCrops | SeenImage], *, leader: str = VISION
+    ) -> list[Tensor]:
+        weight = self.img_projection_up.weight
+        fresh = [image for image in images if not isinstance(image, SeenImage)]
+        looked = iter(self.look(fresh) if fresh else ())
+        return [
+            self.tell(torch.as_tensor(image.features_MQQD).to(weight.device, weight.dtype), image)
+            if isinstance(image, SeenImage)
+            else self.tell(next(looked), image)
+            for image in images
+        ]
+
+    @torch.no_grad()
+    def encoded(self, items: Sequence[ImageCrops]) -> list[SeenImage]:
+        return [
+            SeenImage(
+                features.float().cpu().numpy(),
+                image.mask_MPP,
+                image.height_crops,
+                image.width_crops,
+                image.num_tokens,
+            )
+            for image, features in zip(items, self.look(items), strict=True)
+        ]
 
     def projectors(self) -> dict[str, list[nn.Parameter]]:
         names = ("img_projection_up", "img_projection_down", "global_img", "sub_img")
@@ -40,13 +90,42 @@ class Sight(ImageEmbedder, Modality):
 class Hearing(AudioEmbedder, Modality):
     """Clips, with one projector for rows that show an image and one for those that do not."""
 
-    def forward(self, clips: Sequence[AudioClip], *, leader: str = SPEECH) -> list[Tensor]:
+    def forward(
+        self, clips: Sequence[AudioClip | HeardClip], *, leader: str = SPEECH
+    ) -> list[Tensor]:
+        weight = self.up_proj_for_speech.weight
+        fresh = [clip for clip in clips if not isinstance(clip, HeardClip)]
+        listened = iter(self._listen(fresh) if fresh else ())
+        heard = [
+            torch.as_tensor(clip.features_SD).to(weight.device, weight.dtype)
+            if isinstance(clip, HeardClip)
+            else next(listened)
+            for clip in clips
+        ]
+        return self.tell(heard, mode=VISION if leader == VISION else SPEECH)
+
+    @torch.no_grad()
+    def encoded(self, items: Sequence[AudioClip]) -> list[HeardClip]:
+        return [HeardClip(each.float().cpu().numpy()) for each in self._listen(items)]
+
+    def _listen(self, clips: Sequence[AudioClip]) -> list[Tensor]:
         device = self.up_proj_for_speech.weight.device
         features = [torch.as_tensor(clip.features_TF) for clip in clips]
         lengths_B = torch.tensor([len(each) for each in features], device=device)
-        features_BTF = pad_sequence(features, batch_first=True).to(device)
-        mode = VISION if leader == VISION else SPEECH
-        return super().forward(features_BTF, lengths_B, mode=mode)
+        return self.listen(pad_sequence(features, batch_first=True).to(device), lengths_B)
+
+    @property
+    def bands(self) -> MeanVarianceNorm:
+        """The statistics of the mel bands; zero mean and unit variance until they are measured."""
+        return self.encoder.encoder_embedding
+
+    def measure_bands(self, clips: Sequence[AudioClip]) -> None:
+        """Take the mel bands' mean and variance from these clips; from none nothing."""
+        if not clips:
+            return
+        frames_TF = torch.from_numpy(np.concatenate([clip.features_TF for clip in clips]))
+        self.bands.global_mean.copy_(frames_TF.mean(0))
+        self.bands.global_invstd.copy_(1 / frames_TF.std(0).clamp(min=MIN_BAND_STD))
 
     def projectors(self) -> dict[str, list[nn.Parameter]]:
         own = (self.up_proj_for_speech, self.down_proj_for_speech)

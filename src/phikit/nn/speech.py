@@ -18,6 +18,7 @@ Parameter names are those of `Phi4MultimodalAudioEmbedding` in transformers.
 Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -296,10 +297,18 @@ class AudioEmbedder(nn.Module):
 
         `mode` chooses the projector: "vision" for prompts that also show an image.
         """
+        return self.tell(self.listen(features_BTF, lengths_B), mode=mode)
+
+    def listen(self, features_BTF: Tensor, lengths_B: Tensor) -> list[Tensor]:
+        """The encoder's part: one [tokens, D] per clip, of the encoder's width."""
+        x_BSD, lengths_B = self.encoder(features_BTF, lengths_B)
+        return list(x_BSD[within(lengths_B, x_BSD.shape[1])].split(lengths_B.tolist()))
+
+    def tell(self, heard: Sequence[Tensor], *, mode: Literal["speech", "vision"]) -> list[Tensor]:
+        """The projector's part: decoder inputs from what `listen` gives."""
         up_proj, down_proj = {
             "speech": (self.up_proj_for_speech, self.down_proj_for_speech),
             "vision": (self.up_proj_for_vision_speech, self.down_proj_for_vision_speech),
         }[mode]
-        x_BSD, lengths_B = self.encoder(features_BTF, lengths_B)
-        heard = x_BSD[within(lengths_B, x_BSD.shape[1])]
-        return list(down_proj(F.gelu(up_proj(heard))).split(lengths_B.tolist()))
+        projected = down_proj(F.gelu(up_proj(torch.cat(list(heard)))))
+        return list(projected.split([len(each) for each in heard]))

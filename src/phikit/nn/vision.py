@@ -195,17 +195,12 @@ class VisionTower(nn.Module):
         return self.encoder(self.embeddings(pixels_MCHW, mask_MPP), visible_MT)
 
 
-class Crops(Protocol):
-    """One image cut into crops, as `phikit.chat.image.load_image` does; numpy or torch arrays.
+class Layout(Protocol):
+    """How the crops of an image lie.
 
     Crop 0 is the whole picture; then come `height_crops` x `width_crops` crops, row by row. What
     follows them is padding of a batch and never looked at.
     """
-
-    @property
-    def pixels_MCHW(self) -> Any:
-        """float32, -1..1."""
-        ...
 
     @property
     def mask_MPP(self) -> Any:
@@ -217,6 +212,15 @@ class Crops(Protocol):
 
     @property
     def width_crops(self) -> int: ...
+
+
+class Crops(Layout, Protocol):
+    """One image cut into crops, as `phikit.chat.image.load_image` does; numpy or torch arrays."""
+
+    @property
+    def pixels_MCHW(self) -> Any:
+        """float32, -1..1."""
+        ...
 
 
 class ImageEmbedder(nn.Module):
@@ -244,6 +248,11 @@ class ImageEmbedder(nn.Module):
         """
         if not images:
             return []
+        features = self.look(images)
+        return [self.tell(*each) for each in zip(features, images, strict=True)]
+
+    def look(self, images: Sequence[Crops]) -> list[Tensor]:
+        """The tower's part: one [crops, Q, Q, D] tensor an image."""
         weight = self.img_projection_up.weight
         counts = [1 + image.height_crops * image.width_crops for image in images]
         masks = [
@@ -255,12 +264,12 @@ class ImageEmbedder(nn.Module):
             for image, count in zip(images, counts, strict=True)
         ]
         features_MQQD = self.crop_features(torch.cat(pixels), torch.cat(masks).to(weight.device))
-        return [
-            self.project(self.arrange(features, mask, width_crops=image.width_crops))
-            for features, mask, image in zip(
-                features_MQQD.split(counts), masks, images, strict=True
-            )
-        ]
+        return list(features_MQQD.split(counts))
+
+    def tell(self, features_MQQD: Tensor, image: Layout) -> Tensor:
+        """The projector's part: decoder inputs [tokens, D] from the features of one image."""
+        mask_MPP = torch.as_tensor(image.mask_MPP)[: len(features_MQQD)]
+        return self.project(self.arrange(features_MQQD, mask_MPP, width_crops=image.width_crops))
 
     def crop_features(self, pixels_MCHW: Tensor, mask_MPP: Tensor) -> Tensor:
         """Features of the crops, averaged over 2 x 2 patches, [M, Q, Q, D]."""

@@ -14,8 +14,17 @@ import torch
 from phikit.base.device import parse_dtype
 from phikit.data.corpus import pretraining_documents
 from phikit.data.problem import read_problems
-from phikit.data.source import FileSource, HubSource, ProceduralSource, Source, load_problems
+from phikit.data.source import (
+    FileSource,
+    HubSource,
+    MediaFileSource,
+    MediaSource,
+    ProceduralSource,
+    Source,
+    load_problems,
+)
 from phikit.generate.engine import CACHE_BYTES, MAX_ROWS
+from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig
 from phikit.models.moe import MoEConfig
 from phikit.models.registry import build
@@ -24,6 +33,7 @@ from phikit.nn.lora import attach_lora
 from phikit.nn.losses import CHUNK_ELEMENTS
 from phikit.recipes.config import (
     DPOStage,
+    MediaStage,
     MidStage,
     PipelineConfig,
     PretrainStage,
@@ -32,11 +42,16 @@ from phikit.recipes.config import (
     Stage,
 )
 from phikit.train.optim import OptimConfig, Optimiser
+from phikit.weights.surgery import attach, parts
 
 CHARS_PER_TOKEN = 1.9
 """Of arithmetic in words, digits one by one: 1.9 under the nano vocabulary, 1.8 under SmolLM2's."""
 HUB_QUESTION_TOKENS, HUB_REPLY_TOKENS = 120, 6000
 """Of long chains of thought about competition problems: 16 k characters in OpenR1-Math-220k."""
+MEDIA_QUESTION_TOKENS, MEDIA_REPLY_TOKENS = 60, 6
+"""Of generated problems about a picture of two crops or a clip of two seconds."""
+READER_VOCABULARY = 1000
+"""Token ids that occur in generated problems: a few hundred."""
 MEASURED = 64
 """Documents or problems that are drawn to measure a length."""
 
@@ -108,11 +123,15 @@ class _Estimator:
     """One pipeline's model, on the meta device, and what its stages take."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        self.shape, self.dtype = config.base.model, parse_dtype(config.dtype)
+        self.config, self.shape, self.dtype = config, config.base.model, parse_dtype(config.dtype)
         with torch.device("meta"):
             self.model = build(self.shape).to(self.dtype)
             if config.lora is not None:
                 attach_lora(self.model, name="adapter", **dict(config.lora))
+        for modality in config.modalities:
+            attach(self.model, modality)
+        if config.modalities:
+            _freeze_text(self.model)
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         self.parameters = Parameters(
             total=sum(size for size, _ in sizes),
@@ -132,6 +151,8 @@ class _Estimator:
                 return self._dpo(stage)
             case RLStage():
                 return self._rl(stage)
+            case MediaStage():
+                return self._media(stage)
 
     def _packed(self, stage: PretrainStage | MidStage, examples: Amount, mean: int) -> StageBudget:
         """Full rows: steps times rows times their length; padding makes it a little less."""
@@ -150,6 +171,21 @@ class _Estimator:
         tokens = _times(steps, stage.sft.examples_per_step * mean)
         memory = self._memory(stage.loop.optim, rows=stage.sft.micro_examples, length=mean)
         return StageBudget(stage.name, steps, tokens._replace(kind="estimate"), Amount(0), memory)
+
+    def _media(self, stage: MediaStage) -> StageBudget:
+        """As fine-tuning, on the model that the stage trains."""
+        trainer = self if stage.reader is None else self._of_reader(stage.reader)
+        mean = _lengths(stage.source).example
+        steps = _steps(stage, _num_problems(stage.source), 1 / stage.sft.examples_per_step)
+        tokens = _times(steps, stage.sft.examples_per_step * mean)
+        memory = trainer._memory(stage.loop.optim, rows=stage.sft.micro_examples, length=mean)
+        return StageBudget(stage.name, steps, tokens._replace(kind="estimate"), Amount(0), memory)
+
+    def _of_reader(self, reader: DenseConfig) -> "_Estimator":
+        shape = reader.model_copy(update={"vocab_size": READER_VOCABULARY})
+        base = self.config.base.model_copy(update={"model": shape})
+        bare = [each.model_copy(update={"adapter": None}) for each in self.config.modalities]
+        return _Estimator(self.config.model_copy(update={"base": base, "modalities": bare}))
 
     def _dpo(self, stage: DPOStage) -> StageBudget:
         """As many pairs as the problems may give: how many they do, the rollouts will tell."""
@@ -232,6 +268,14 @@ class _Estimator:
         )
 
 
+def _freeze_text(model: Decoder) -> None:
+    """Leave to training all that was attached."""
+    model.requires_grad_(False)
+    for name in model.senses:
+        for parameter in (p for part in parts(model, name) for p in part):
+            parameter.requires_grad_(True)
+
+
 def _hidden_width(shape: DenseConfig | MoEConfig) -> int:
     """Hidden units of a block that one token meets."""
     if isinstance(shape, MoEConfig):
@@ -253,6 +297,8 @@ class _Lengths(NamedTuple):
 def _lengths(source: Source) -> _Lengths:
     if isinstance(source, HubSource):
         return _Lengths(HUB_QUESTION_TOKENS, HUB_REPLY_TOKENS)
+    if isinstance(source, MediaSource | MediaFileSource):
+        return _Lengths(MEDIA_QUESTION_TOKENS, MEDIA_REPLY_TOKENS)
     if isinstance(source, ProceduralSource):
         source = source.model_copy(update={"count": MEASURED})
         problems = load_problems(source, split="train", seed=0)
@@ -279,7 +325,7 @@ def _tokens(texts: Iterable[str]) -> int:
 
 def _num_problems(source: Source) -> Amount:
     """Exact where problems are generated; other sources may hold fewer than asked for."""
-    if isinstance(source, ProceduralSource):
+    if isinstance(source, ProceduralSource | MediaSource):
         return Amount(source.count)
     if isinstance(source, FileSource):
         found = len(read_problems(source.path))

@@ -10,11 +10,15 @@ from phikit.data.corpus import CorpusMixture
 from phikit.data.source import Source
 from phikit.models.dense import DenseConfig
 from phikit.models.moe import MoEConfig
+from phikit.models.senses import SpeechModality, VisionModality
+from phikit.train.contrastive import ContrastiveConfig
 from phikit.train.dpo import DPOConfig
 from phikit.train.grpo import GRPOConfig
 from phikit.train.lm import LMConfig
 from phikit.train.loop import LoopConfig
+from phikit.train.media import MediaSFTConfig
 from phikit.train.sft import SFTConfig
+from phikit.weights.surgery import Part
 
 
 def _architecture(value: Any) -> str:
@@ -121,9 +125,37 @@ class RLStage(_Stage):
     grpo: GRPOConfig
 
 
+class MediaStage(_Stage):
+    """Fine-tuning on problems with pictures and speech, of those parts that `learns` names."""
+
+    kind: Literal["media"] = "media"
+    source: Source
+    learns: dict[str, tuple[Part, ...]]
+    """What is trained of each modality; all the rest of the model is frozen."""
+    backbone: bool = False
+    """Train the text model as well, which then is another one: the baseline of the recipe."""
+    reader: DenseConfig | None = None
+    """Train on a small decoder of this shape, drawn anew, in place of the model, and keep the
+    encoders alone: their initialisation. Its vocabulary is that of the examples, whatever is set
+    here."""
+    sft: MediaSFTConfig
+    contrastive: ContrastiveConfig | None = None
+    """Draw items and replies together in place of fine-tuning; needs a reader."""
+    on_fault: Literal["stop", "skip"] = "stop"
+    """What to do about an item that cannot be read; those left out are listed in the report."""
+
+    @model_validator(mode="after")
+    def _pairs_have_a_reader(self) -> Self:
+        if self.contrastive is not None and self.reader is None:
+            raise ValueError("contrastive: pairs train encoders, so give the stage a reader")
+        return self
+
+
 Stage = Annotated[
-    PretrainStage | MidStage | SFTStage | DPOStage | RLStage, Field(discriminator="kind")
+    PretrainStage | MidStage | SFTStage | DPOStage | RLStage | MediaStage,
+    Field(discriminator="kind"),
 ]
+SenseConfig = Annotated[VisionModality | SpeechModality, Field(discriminator="kind")]
 
 
 class EvaluationConfig(Config):
@@ -151,9 +183,20 @@ class PipelineConfig(Config):
     beside: Architecture | None = None
     """A second model that goes through the same stages, for comparison; of a new base only."""
     lora: LoRAConfig | None = None
+    modalities: tuple[SenseConfig, ...] = ()
+    """What the first media stage attaches to the model, in this order."""
     stages: tuple[Stage, ...]
     evaluation: EvaluationConfig
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @model_validator(mode="after")
+    def _has_senses(self) -> Self:
+        known = {modality.name for modality in self.modalities}
+        for stage in self.stages:
+            if isinstance(stage, MediaStage) and not known.issuperset(stage.learns):
+                missing = sorted({*stage.learns} - known)
+                raise ValueError(f"stages.{stage.name}.learns: no modality {missing[0]!r}")
+        return self
 
     @model_validator(mode="after")
     def _can_compare(self) -> Self:

@@ -9,8 +9,9 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ from phikit.recipes.config import (
     RLStage,
     Stage,
 )
-from phikit.recipes.stages import StageContext, corpus, prepare, stage_seed
+from phikit.recipes.context import StageContext, stage_seed
+from phikit.recipes.stages import corpus, prepare
 from phikit.solve.plain import SamplingConfig, plain
 from phikit.train.loop import train
 from phikit.weights.hub import fetch
@@ -196,7 +198,7 @@ class Pipeline:
                 raise RunError(f"{self.out} holds something else", fix="choose another --out")
         write_atomic(record, json.dumps(content, indent=2) + "\n")
 
-    def _problems(self) -> dict[str, list[Problem]]:
+    def _problems(self) -> Mapping[str, list[Problem]]:
         """The problems of every stage and of the evaluation, none of them on two sides.
 
         Training problems that a benchmark holds as well are left out, and the number is told.
@@ -267,10 +269,9 @@ class Pipeline:
         if loaded is None:
             assert isinstance(stage, PretrainStage), "a new base is pre-trained first"
             loaded = self._new_base(stage)
-        if (folder.path / "config.json").exists():
-            run = Run.open(folder.path)
-        else:
-            run = Run.create(folder.path, stage, kind="stage")
+        is_begun = (folder.path / "config.json").exists()
+        make = Run.open if is_begun else partial(Run.create, config=stage, kind="stage")
+        run = make(folder.path)
         started = time.perf_counter()
         context = StageContext(
             loaded=loaded,
@@ -279,8 +280,9 @@ class Pipeline:
             seed=config.seed,
             scorer=self.scorer,
             progress=self.progress,
+            modalities=config.modalities,
         )
-        objective, steps = prepare(stage, context)
+        objective, steps, taught, finish = prepare(stage, context)
         prepared = time.perf_counter() - started
         if config.lora is not None:
             lora, seed = config.lora, stage_seed(config.seed, stage.name, "adapter")
@@ -294,7 +296,7 @@ class Pipeline:
             )
         trackers = open_trackers(config.trackers, run_path=run.path, config=run.config)
         totals = train(
-            loaded.model,
+            taught or loaded.model,
             objective,
             stage.loop,
             steps=steps,
@@ -308,6 +310,7 @@ class Pipeline:
             tracker.close()
         if config.lora is not None:
             merge_lora(loaded.model, ADAPTER)
+        finish()
         _save_whole(folder.model, loaded)
         result = {
             "name": stage.name,
@@ -376,7 +379,6 @@ class Pipeline:
                     evaluations[-2][kind].scores(), evaluations[-1][kind].scores()
                 )
                 paired[kind] = difference._asdict()
-        metrics = Run.open(folder.path).metrics.read() if folder else []
         return {
             "name": name,
             "seconds": cost.get("seconds", 0.0),
@@ -389,9 +391,12 @@ class Pipeline:
             "paired": paired.get("greedy"),
             "paired_t06": paired.get("sampled"),
             "transcripts": [t.to_dict() for t in transcripts(greedy, per_status=3)],
-            "metrics": metrics,
+            "metrics": self._metrics(folder),
             **self._expert_map(folder),
         }
+
+    def _metrics(self, folder: StageFolder | None) -> list[dict[str, Any]]:
+        return Run.open(folder.path).metrics.read() if folder else []
 
     def _expert_map(self, folder: StageFolder | None) -> dict[str, Any]:
         path = self._map_path(folder.path if folder else self.out / "base")
@@ -407,7 +412,7 @@ class Pipeline:
         for folder in itertools.takewhile(self._is_done, self.folders):
             evaluations.append(self._evaluation(folder.path))
             results.append(self._summary(folder.stage.name, folder, evaluations))
-        everything = {
+        everything = self._gathered(results) | {
             "stages": results,
             "beside": [] if self.beside is None else self._compare(results, evaluations),
             "meta": {
@@ -420,6 +425,10 @@ class Pipeline:
         }
         write_atomic(self.out / "results.json", json.dumps(everything, indent=1))
         return everything
+
+    def _gathered(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a pipeline of another kind tells of the run as a whole."""
+        return {}
 
     def _compare(
         self, results: list[dict[str, Any]], evaluations: list[dict[str, EvalResult]]

@@ -1,66 +1,39 @@
 """From a stage's config and the model before it to the objective it trains."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from phikit.base.errors import DataError
 from phikit.base.files import write_atomic
-from phikit.base.progress import Progress
 from phikit.base.types import Example
 from phikit.chat.message import Message
 from phikit.chat.render import Renderer
 from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.problem import Problem
-from phikit.evals.scorer import Scorer
 from phikit.generate.engine import Engine
 from phikit.recipes.config import (
     DPOStage,
+    MediaStage,
     MidStage,
     PretrainStage,
     RLStage,
     SFTStage,
     Stage,
 )
+from phikit.recipes.context import Prepared, StageContext, stage_seed
+from phikit.recipes.media import prepare_media
 from phikit.solve.plain import SamplingConfig, plain
 from phikit.solve.solver import Reply
 from phikit.train.dpo import DPOObjective, Pair, Rollout, add_reference, match_rollouts
 from phikit.train.grpo import GRPOObjective, rate, reward_from, select_prompts
 from phikit.train.lm import LMObjective
-from phikit.train.objective import Objective
 from phikit.train.sft import SFTObjective
 from phikit.weights.load import Loaded
-
-
-@dataclass(frozen=True, slots=True)
-class StageContext:
-    """What a stage is given: the model to train, its problems, a place to keep what it makes."""
-
-    loaded: Loaded
-    problems: Sequence[Problem]
-    folder: Path
-    seed: int
-    scorer: Scorer
-    progress: Progress
-
-
-class Prepared(NamedTuple):
-    """An objective and how many optimiser steps to give it."""
-
-    objective: Objective
-    steps: int
-
-
-def stage_seed(seed: int, *names: str) -> int:
-    """A seed for one purpose, 31 bits, derived from the pipeline's seed and the purpose's names."""
-    digest = hashlib.blake2b("/".join([str(seed), *names]).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def prepare(stage: Stage, context: StageContext) -> Prepared:
@@ -76,6 +49,8 @@ def prepare(stage: Stage, context: StageContext) -> Prepared:
             return _prepare_dpo(stage, context)
         case RLStage():
             return _prepare_rl(stage, context)
+        case MediaStage():
+            return prepare_media(stage, context)
 
 
 def corpus(stage: PretrainStage, seed: int, *, count: int | None = None) -> list[Document]:

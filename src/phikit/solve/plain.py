@@ -6,13 +6,14 @@ whatever order.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from phikit.base.config import Config
 from phikit.base.errors import ContextOverflowError
+from phikit.base.media import Media
 from phikit.chat.message import Message
 from phikit.chat.render import Renderer
 from phikit.data.problem import Problem
@@ -43,6 +44,15 @@ class SamplingConfig(Config):
         return self
 
 
+class Senses(NamedTuple):
+    """How problems with pictures and sounds are put to a model."""
+
+    media: Callable[[Problem], Media | None]
+    """The items of a problem, prepared."""
+    ids: Mapping[str, int]
+    """The placeholder tokens (`Decoder.media_ids`)."""
+
+
 def problem_seed(seed: int, content_hash: str) -> int:
     """The seed of one problem's replies: a hash of the run's seed and the problem, 63 bits."""
     digest = hashlib.blake2b(f"{seed}:{content_hash}".encode(), digest_size=8).digest()
@@ -55,6 +65,7 @@ def plain(
     sampling: SamplingConfig,
     *,
     system: str | None = None,
+    senses: Senses | None = None,
     on_progress: OnProgress | None = None,
 ) -> Solver:
     """A solver that asks each question as one user turn.
@@ -64,11 +75,12 @@ def plain(
 
     Args:
         system: a system message before every question; None leaves the renderer's default.
+        senses: shows the model what problems have beside their question; None asks the text alone.
         on_progress: passed to the engine.
     """
 
     def solve(problems: Sequence[Problem]) -> list[list[Reply]]:
-        requests = [_request(problem, renderer, sampling, system) for problem in problems]
+        requests = [_request(p, renderer, sampling, system, senses) for p in problems]
         errors = [_overflow(engine, request) for request in requests]
         fitting = [r for r, error in zip(requests, errors, strict=True) if error is None]
         completions = iter(engine.generate(fitting, on_progress=on_progress))
@@ -83,12 +95,18 @@ def plain(
 
 
 def _request(
-    problem: Problem, renderer: Renderer, sampling: SamplingConfig, system: str | None
+    problem: Problem,
+    renderer: Renderer,
+    sampling: SamplingConfig,
+    system: str | None,
+    senses: Senses | None,
 ) -> Request:
     messages = [] if system is None else [Message(role="system", content=system)]
     messages.append(Message(role="user", content=problem.question))
+    media = None if senses is None else senses.media(problem)
+    sizes = media and senses and media.tokens._replace(ids=senses.ids)
     return Request(
-        prompt=renderer.prompt(messages),
+        prompt=renderer.prompt(messages, media=sizes),
         max_new_tokens=sampling.max_new_tokens,
         num_samples=sampling.num_samples,
         temperature=sampling.temperature,
@@ -96,6 +114,7 @@ def _request(
         top_p=sampling.top_p,
         seed=problem_seed(sampling.seed, problem.content_hash),
         stop_ids=renderer.stop_ids,
+        media=media,
     )
 
 

@@ -136,7 +136,12 @@ class Optimiser:
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of a block, or a stack of them, one for each expert."""
+    """Whether a parameter is a matrix of a block, or a stack of them, one for each expert.
+
+    A Conformer calls its blocks `encoders`; what has three dimensions there is a convolution.
+    """
+    if ".encoders." in name:
+        return parameter.ndim == 2
     return parameter.ndim in (2, 3) and ".layers." in name and ".router." not in name
 
 

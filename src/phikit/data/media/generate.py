@@ -154,6 +154,24 @@ def draft_shapes(random: np.random.Generator) -> Draft:
     return Draft(f"<|image_1|>{question}", answer, signature, render)
 
 
+def draft_pages(random: np.random.Generator) -> Draft:
+    """Two pictures of a word each; one of them is asked for."""
+    texts = _pick(random, NOUNS, 2)
+    place = int(random.integers(2))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        styles = [canvas.draw_style(random, split) for _ in texts]
+        pictures = tuple(
+            canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
+            for text, style in zip(texts, styles, strict=True)
+        )
+        return Rendered({VISION: pictures}, tuple(style.names[0] for style in styles))
+
+    which = ("first", "second")[place]
+    asked = f"<|image_1|><|image_2|>What does the {which} one say?"
+    return Draft(asked, texts[place], f"pages {texts}", render)
+
+
 def draft_digit(random: np.random.Generator) -> Draft:
     """A scanned handwritten digit, of the 1,797 in scikit-learn."""
     pictures, digits = _digits()
@@ -231,6 +249,7 @@ FAMILIES: Mapping[str, Callable[[np.random.Generator], Draft]] = {
     "command": draft_command,
     "spoken_sum": draft_sum,
     "spoken_scene": draft_spoken_scene,
+    "pages": draft_pages,
 }
 
 
@@ -242,19 +261,29 @@ def generate(*, family: str, seed: int, count: int, split: Split) -> list[MediaP
         DataError: no font or voice is left for the split.
         MissingExtraError: the extra `synth` is not installed.
     """
-    if family not in FAMILIES:
-        raise ConfigError(f"no family {family!r}", fix=f"choose from: {', '.join(FAMILIES)}")
     return [_problem(family, seed, index, split) for index in range(count)]
 
 
+def drafts(*, family: str, seed: int, count: int, split: Split) -> list[Draft]:
+    """What `generate` would ask and answer, without a picture or a sound being made."""
+    streams = (_stream(family, seed, index) for index in range(count))
+    return [_draft(family, random, split) for random in streams]
+
+
+def _stream(family: str, seed: int, index: int) -> np.random.Generator:
+    if family not in FAMILIES:
+        raise ConfigError(f"no family {family!r}", fix=f"choose from: {', '.join(FAMILIES)}")
+    return np.random.default_rng([seed, list(FAMILIES).index(family), index])
+
+
+def _draft(family: str, random: np.random.Generator, split: Split) -> Draft:
+    tries = (FAMILIES[family](random) for _ in range(MOST_TRIES))
+    return next(draft for draft in tries if split_of(draft.signature) == split)
+
+
 def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
-    number = list(FAMILIES).index(family)
-    random = np.random.default_rng([seed, number, index])
-    draft = next(
-        draft
-        for draft in (FAMILIES[family](random) for _ in range(MOST_TRIES))
-        if split_of(draft.signature) == split
-    )
+    random = _stream(family, seed, index)
+    draft = _draft(family, random, split)
     rendered = draft.render(random, split)
     return MediaProblem(
         question=draft.question,

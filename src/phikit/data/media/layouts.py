@@ -1,0 +1,158 @@
+"""Readers of pictures and recordings that people have, in the layouts they are published in.
+
+Nothing is decoded here: an item is a path, read when its problem is prepared, where a damaged or
+missing file is named (`problem.prepare`). A problem's split is a hash of its text and of the file's
+path inside its folder, or is given: to leave one speaker out, read the recordings twice.
+
+- LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
+  {"from": "gpt", "value": ...}]}]`, images beside it or in a folder.
+- LibriSpeech: `SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`, a line `ID WORDS` for each `ID.flac`.
+- Common Voice: a `.tsv` with the columns `path`, `sentence` and `client_id`, sounds in `clips/`.
+- Free Spoken Digit Dataset: `{digit}_{speaker}_{take}.wav`.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from phikit.base.errors import DataError
+from phikit.base.media import SPEECH, VISION
+from phikit.data.media.generate import NUMERALS
+from phikit.data.media.problem import MediaProblem
+from phikit.data.problem import Provenance, normalise
+from phikit.data.split import split_of
+
+Layout = Literal["llava", "librispeech", "common_voice", "spoken_digits"]
+DICTATION = "<|audio_1|>Write down what is said."
+MAX_JSON_BYTES = 1 << 30
+
+
+class Item(NamedTuple):
+    """One example of a layout."""
+
+    question: str
+    answer: str
+    media: Mapping[str, tuple[Path, ...]]
+    speaker: str | None = None
+
+
+def read_layout(layout: Layout, path: Path) -> list[MediaProblem]:
+    """The problems in a file or folder of this layout, in its order; none of the media is opened.
+
+    Raises:
+        DataError: the file or folder is absent, holds nothing of the layout, or is malformed.
+    """
+    root = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise DataError(f"there is no {path}", fix="give the path of the data")
+    items = list(_READERS[layout](path))
+    if not items:
+        raise DataError(f"{path} holds nothing in the layout {layout!r}", fix="check the layout")
+    family = family_of(layout)
+    return [_problem(item, index, family, root) for index, item in enumerate(items)]
+
+
+def family_of(layout: Layout) -> str:
+    """What problems of a layout are called in results; the generator has spoken digits too."""
+    return "recorded_digits" if layout == "spoken_digits" else layout
+
+
+def _problem(item: Item, index: int, family: str, root: Path) -> MediaProblem:
+    files = [str(file.relative_to(root)) for of in item.media.values() for file in of]
+    signature = " ".join([family, *files, normalise(item.question), normalise(item.answer)])
+    return MediaProblem(
+        question=item.question,
+        answer=item.answer,
+        thinking=None,
+        solution=item.answer,
+        steps=None,
+        signature=signature,
+        provenance=Provenance(
+            source=root.name,
+            family=family,
+            license="unknown",
+            split=split_of(signature),
+            generator="phikit.data.media.layouts",
+            version="1",
+            seed=0,
+            index=index,
+        ),
+        media=item.media,
+        styles=() if item.speaker is None else (f"voice:{item.speaker}",),
+    )
+
+
+def _llava(path: Path) -> Iterator[Item]:
+    """The first question and answer of each conversation, whose picture comes first."""
+    if path.is_dir() or path.stat().st_size > MAX_JSON_BYTES:
+        raise DataError(f"{path} is no LLaVA JSON file", fix="give the .json file, below 1 GiB")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else ()):
+        asked, said = _turns(row, f"{path}: row {number}")
+        image = row.get("image")
+        text = asked.replace("<image>", "").strip()
+        if not isinstance(image, str):
+            continue  # a conversation about text alone
+        yield Item(f"<|image_1|>{text}", said, {VISION: (_inside(path.parent, image),)})
+
+
+def _turns(row: Any, place: str) -> tuple[str, str]:
+    try:
+        human, reply = row["conversations"][:2]
+        if (human["from"], reply["from"]) == ("human", "gpt"):
+            return str(human["value"]), str(reply["value"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise DataError(
+        f"{place}: no conversation of a human and gpt",
+        fix='write {"image": ..., "conversations": [{"from": "human", "value": ...}, ...]}',
+    )
+
+
+def _librispeech(path: Path) -> Iterator[Item]:
+    for transcript in sorted(path.rglob("*.trans.txt")):
+        for line in transcript.read_text(encoding="utf-8").splitlines():
+            name, _, words = line.partition(" ")
+            if words.strip():
+                file = transcript.parent / f"{name}.flac"
+                speaker = name.partition("-")[0]
+                yield Item(DICTATION, words.strip().lower(), {SPEECH: (file,)}, speaker)
+
+
+def _common_voice(path: Path) -> Iterator[Item]:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", fix="give one of its .tsv files, such as train.tsv")
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            clip, words = row.get("path"), row.get("sentence")
+            if not clip or not words:
+                raise DataError(f"{path}: a row without path and sentence: {row}")
+            sound = _inside(path.parent / "clips", clip)
+            yield Item(DICTATION, words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
+
+
+def _spoken_digits(path: Path) -> Iterator[Item]:
+    for file in sorted(path.glob("[0-9]_*_*.wav")):
+        digit, speaker, _ = file.stem.split("_", 2)
+        yield Item(DICTATION, NUMERALS[int(digit)], {SPEECH: (file,)}, speaker)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """A file of the data set; a path that leads out of its folder is refused."""
+    file = (root / name).resolve()
+    if not file.is_relative_to(root.resolve()):
+        raise DataError(f"{name!r} leads out of {root}", fix="name files inside the folder")
+    return root / name
+
+
+_READERS: Mapping[Layout, Callable[[Path], Iterator[Item]]] = {
+    "llava": _llava,
+    "librispeech": _librispeech,
+    "common_voice": _common_voice,
+    "spoken_digits": _spoken_digits,
+}

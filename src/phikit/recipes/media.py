@@ -1,0 +1,182 @@
+"""A media stage: from problems with pictures and speech to the objective that teaches a model.
+
+The first such stage of a pipeline attaches the modalities. A stage with a reader is the encoders'
+initialisation: they learn with a decoder of a few million weights, which costs a hundredth of what
+learning through the language model does, and the reader is thrown away. Phi-4-multimodal starts in
+the same way, from a SigLIP tower and from the encoder of a recogniser with an attention decoder
+(arXiv 2503.01743, section 2.2).
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from phikit.base.errors import ConfigError
+from phikit.base.files import storage_errors, write_atomic
+from phikit.base.media import SPEECH, VISION, of_items
+from phikit.base.types import Example
+from phikit.data.media.problem import MediaProblem, prepare
+from phikit.models.decoder import Decoder
+from phikit.models.dense import DenseConfig
+from phikit.models.registry import build
+from phikit.models.senses import Hearing
+from phikit.recipes.config import MediaStage
+from phikit.recipes.context import Prepared, StageContext, stage_seed
+from phikit.train.contrastive import ContrastiveObjective, pair_of
+from phikit.train.media import MediaSFTObjective
+from phikit.weights.surgery import attach, parts, train_only
+
+FAULTS = "faults.json"
+"""The items of a stage that could not be read, in its folder."""
+MEASURED_CLIPS = 500
+"""Clips whose mel bands are measured."""
+
+
+def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
+    """Attach what is missing, read the items, freeze what does not learn.
+
+    Raises:
+        DataError: an item cannot be read, and the stage is to stop at such items.
+        ConfigError: the stage trains nothing, or a part that a modality has not.
+    """
+    model = context.loaded.model
+    for modality in context.modalities:
+        if modality.name not in model.senses:
+            attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
+    examples, faults = prepare(
+        [problem for problem in context.problems if isinstance(problem, MediaProblem)],
+        context.loaded.renderer,
+        modalities={name: sense.config.prepare for name, sense in model.senses.items()},
+        ids=model.media_ids,
+        on_fault=stage.on_fault,
+    )
+    with storage_errors(context.folder):
+        listed = {"read": len(examples), "faults": [fault._asdict() for fault in faults]}
+        write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
+    examples = [_compact(example) for example in examples]
+    taught = model
+    if stage.reader is not None:
+        taught, examples = _reader(stage.reader, stage, context, examples)
+    if "encoder" in stage.learns.get(SPEECH, ()):
+        _measure_bands(taught, examples)
+    learning = train_only(taught, stage.learns)
+    if stage.backbone or stage.reader is not None:
+        learning += _thaw_text(taught)
+    if not learning:
+        raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
+    if stage.reader is None:
+        examples = [_encoded(example, taught, stage) for example in examples]
+    seed = stage_seed(context.seed, stage.name, "order")
+    objective = _objective(stage, taught, examples, seed)
+
+    def finish() -> None:
+        if taught is not model:
+            copy_encoders(taught, model, stage.learns)
+
+    return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), taught, finish)
+
+
+def _objective(
+    stage: MediaStage, model: Decoder, examples: Sequence[Example], seed: int
+) -> MediaSFTObjective | ContrastiveObjective:
+    if stage.contrastive is None:
+        return MediaSFTObjective(examples, stage.sft, seed=seed)
+    marks = [sense.token for sense in model.senses.values()]
+    pairs = [pair_of(example, placeholders=marks) for example in examples]
+    return ContrastiveObjective(model, pairs, stage.contrastive, seed=seed)
+
+
+def _compact(example: Example) -> Example:
+    """Pixels in half precision, which holds all of their 256 steps, and half of the memory."""
+    items = example.media.items if example.media else {}
+    if VISION not in items:
+        return example
+    images = tuple(
+        replace(image, pixels_MCHW=image.pixels_MCHW.astype(np.float16)) for image in items[VISION]
+    )
+    return replace(example, media=of_items({**items, VISION: images}))
+
+
+def _encoded(example: Example, model: Decoder, stage: MediaStage) -> Example:
+    """The example with the work of frozen encoders done; clips that are masked stay sounds."""
+    if example.media is None:
+        return example
+    items = dict(example.media.items)
+    for name, of in items.items():
+        is_masked = name == SPEECH and stage.sft.spec_augment is not None
+        if "encoder" not in stage.learns.get(name, ()) and not is_masked:
+            items[name] = tuple(model.senses[name].encoded(of))
+    return replace(example, media=of_items(items))
+
+
+def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> None:
+    """Give the encoders of `target` the weights and the statistics of those of `source`."""
+    with torch.no_grad():
+        for name in names:
+            ours, theirs = parts(target, name).encoder, parts(source, name).encoder
+            ours += target.senses[name].buffers()
+            theirs += source.senses[name].buffers()
+            for to, of in zip(ours, theirs, strict=True):
+                to.copy_(of)
+
+
+class Vocabulary(NamedTuple):
+    """The token ids that occur in some examples, and what each is called among them."""
+
+    size: int
+    new: NDArray[np.int32]
+    """By old id; 0 for one that does not occur."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], *, placeholders: Sequence[int]) -> Self:
+        """Placeholders get the ids behind all others, in this order."""
+        found = np.unique(np.concatenate([example.tokens for example in examples]))
+        text = np.setdiff1d(found, placeholders)
+        new = np.zeros(max(int(found.max()), *placeholders) + 1, np.int32)
+        new[text] = np.arange(len(text))
+        new[list(placeholders)] = len(text) + np.arange(len(placeholders))
+        return cls(len(text), new)
+
+
+def _reader(
+    shape: DenseConfig, stage: MediaStage, context: StageContext, examples: Sequence[Example]
+) -> tuple[Decoder, list[Example]]:
+    """A small decoder with the model's encoders, and the examples in its vocabulary.
+
+    That is the ids that occur: a reader of a few million embeddings would learn little else.
+    """
+    model, seed = context.loaded.model, context.seed
+    senses = [model.senses[name] for name in stage.learns]
+    vocabulary = Vocabulary.of(examples, placeholders=[sense.token for sense in senses])
+    generator = torch.Generator().manual_seed(stage_seed(seed, stage.name, "reader"))
+    reader = build(shape.model_copy(update={"vocab_size": vocabulary.size}))
+    reader = reader.initialise(generator).to(model.dtype)
+    for sense in senses:
+        config = sense.config.model_copy(update={"adapter": None})
+        attach(reader, config, seed=stage_seed(seed, stage.name, config.name))
+    copy_encoders(model, reader, stage.learns)
+    return reader, [replace(example, tokens=vocabulary.new[example.tokens]) for example in examples]
+
+
+def _thaw_text(model: Decoder) -> list[torch.nn.Parameter]:
+    """Let the text model learn; returns its parameters, those of adapters left out."""
+    adapters = {id(p) for name in model.senses for p in parts(model, name).adapter}
+    own = [p for p in model.model.parameters() if id(p) not in adapters]
+    own += [p for p in model.lm_head.parameters() if all(p is not other for other in own)]
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return own
+
+
+def _measure_bands(model: Decoder, examples: Sequence[Example]) -> None:
+    """Set the mel bands' mean and variance to those of the clips, unless a stage before has."""
+    sense = model.senses[SPEECH]
+    if not isinstance(sense, Hearing) or bool(sense.bands.global_mean.any()):
+        return
+    heard = [example.media.items.get(SPEECH, ()) for example in examples if example.media]
+    sense.measure_bands([clip for clips in heard for clip in clips][:MEASURED_CLIPS])

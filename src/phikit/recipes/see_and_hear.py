@@ -1,0 +1,265 @@
+"""A frozen text model learns to see and to hear, by the stages of Phi-4-multimodal, on a laptop.
+
+Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2 and 3.2; LLaVA-Rad (arXiv
+2403.08002) for the modular variant.
+"""
+
+from typing import Literal, get_args
+
+from phikit.base.errors import ConfigError
+from phikit.data.media.augment import SpecAugmentConfig
+from phikit.data.source import MediaFileSource, MediaSource
+from phikit.models.catalogue import SMOLLM2_135M
+from phikit.models.dense import DenseConfig
+from phikit.models.modality import AdapterConfig
+from phikit.models.senses import SpeechModality, VisionModality
+from phikit.nn.speech import SpeechConfig
+from phikit.nn.vision import VisionConfig
+from phikit.recipes.config import (
+    EvaluationConfig,
+    MediaStage,
+    NewBase,
+    PipelineConfig,
+    PretrainedBase,
+    PretrainStage,
+    SenseConfig,
+)
+from phikit.recipes.nano_reasoner import nano_reasoner, pretrain
+from phikit.train.loop import LoopConfig
+from phikit.train.media import MediaSFTConfig
+from phikit.train.optim import OptimConfig
+from phikit.weights.surgery import Part
+
+Backbone = Literal["smollm2", "nano"]
+Tuning = Literal["mixture", "shared", "full"]
+PICTURES = {"digit": 3_000, "text": 6_000, "chart": 3_000, "shapes": 3_000}
+SOUNDS = {"spoken_digits": 4_000, "command": 3_000}
+READER = DenseConfig(
+    vocab_size=1,
+    d_model=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    d_mlp=384,
+    max_context=1024,
+)
+"""The small decoder with which encoders are initialised."""
+
+
+def vision() -> VisionModality:
+    """Crops of 56 pixels, so that a word takes two or three and a digit one; 0.8 M parameters."""
+    encoder = VisionConfig(
+        d_model=128,
+        d_mlp=384,
+        num_layers=4,
+        num_heads=4,
+        patch_size=14,
+        crop_size=56,
+        positions_per_side=4,
+        feature_layer=4,
+    )
+    return VisionModality(encoder=encoder, max_crops=9, adapter=AdapterConfig(rank=16, alpha=32))
+
+
+def speech() -> SpeechModality:
+    """Four Conformer blocks; 1.4 M parameters."""
+    encoder = SpeechConfig(
+        d_model=128, num_layers=4, num_heads=4, d_mlp=256, subsampling_channels=32
+    )
+    return SpeechModality(encoder=encoder, max_seconds=30, adapter=AdapterConfig(rank=16, alpha=32))
+
+
+def stage(
+    name: str,
+    families: dict[str, int],
+    learns: dict[str, tuple[Part, ...]],
+    *,
+    rate: float,
+    epochs: float = 1.0,
+    muon: float | None = None,
+    reader: DenseConfig | None = None,
+    masked: bool = False,
+) -> MediaStage:
+    """One stage of this line; the rate falls over the last half of its steps."""
+    return MediaStage(
+        name=name,
+        source=MediaSource(families=families),
+        learns=learns,
+        reader=reader,
+        sft=MediaSFTConfig(
+            examples_per_step=16 if reader is None else 32,
+            micro_examples=16 if reader is None else 32,
+            spec_augment=SpecAugmentConfig() if masked else None,
+        ),
+        loop=LoopConfig(
+            epochs=epochs,
+            optim=OptimConfig(adam_lr=rate, muon_lr=muon, warmup=0.05, decay=0.5, final=0.05),
+        ),
+    )
+
+
+def encoders() -> tuple[MediaStage, ...]:
+    """The encoders' initialisation, with a small reader that is thrown away."""
+    return (
+        stage("see", PICTURES, {"vision": ("encoder", "projector")}, rate=2e-3, muon=0.02,
+              epochs=2, reader=READER),
+        stage("hear", SOUNDS, {"speech": ("encoder", "projector")}, rate=2e-3, muon=0.02,
+              epochs=3, reader=READER, masked=True),
+    )  # fmt: skip
+
+
+def vision_stages() -> tuple[MediaStage, ...]:
+    """Projector; projector and encoder; LoRA as well; several images with the encoder frozen."""
+    return (
+        stage("vision1", _share(PICTURES, 0.03), {"vision": ("projector",)}, rate=2e-3),
+        stage("vision2", _share(PICTURES, 0.03), {"vision": ("projector", "encoder")}, rate=1e-3),
+        stage("vision3", _share(PICTURES, 0.06), {"vision": ("projector", "encoder", "adapter")},
+              rate=1e-3),
+        stage("vision4", {"pages": 200} | _share(PICTURES, 0.02),
+              {"vision": ("projector", "adapter")}, rate=5e-4),
+    )  # fmt: skip
+
+
+def speech_stages() -> tuple[MediaStage, ...]:
+    """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
+    asked = {"spoken_sum": 300} | _share(SOUNDS, 0.06)
+    return (
+        stage("speech1", _share(SOUNDS, 0.07), {"speech": ("projector", "encoder")},
+              rate=1e-3, masked=True),
+        stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=1e-3, masked=True),
+    )  # fmt: skip
+
+
+def joint_stage() -> MediaStage:
+    """Questions spoken about pictures; the text model and the audio side are frozen."""
+    families = {"spoken_scene": 500} | _share(PICTURES, 0.02)
+    learns: dict[str, tuple[Part, ...]] = {
+        "vision": ("projector", "encoder", "adapter"),
+        "speech": ("beside",),
+    }
+    return stage("joint", families, learns, rate=1e-3)
+
+
+def see_and_hear(
+    *, backbone: Backbone = "smollm2", tuning: Tuning = "mixture", without: str = ""
+) -> PipelineConfig:
+    """SmolLM2-135M learns to see and hear beside its text, which stays what it was.
+
+    `--set backbone=nano` takes a model of 1.8 M parameters instead, which it trains first. For
+    comparison, `--set tuning=shared` has one adapter for both senses, `--set tuning=full` trains
+    the text model in their place, and `--set without=vision2` leaves a stage out.
+    """
+    stages = (*encoders(), *vision_stages(), *speech_stages(), joint_stage())
+    if without and without not in {each.name for each in stages}:
+        raise ConfigError(
+            f"there is no stage {without!r} to leave out",
+            fix=f"it has {', '.join(each.name for each in stages)}",
+        )
+    kept = tuple(each for each in stages if each.name != without)
+    senses, kept = _tuned(tuning, (vision(), speech()), kept)
+    return _pipeline("see_and_hear", backbone, senses, kept)
+
+
+def see_modular(*, backbone: Backbone = "smollm2") -> PipelineConfig:
+    """LLaVA-Rad's recipe: a frozen encoder of the domain, projector alignment, then LoRA."""
+    stages = (
+        encoders()[0],
+        stage("align", _share(PICTURES, 0.1), {"vision": ("projector",)}, rate=1e-3),
+        stage("tune", _share(PICTURES, 0.1), {"vision": ("projector", "adapter")}, rate=5e-4),
+    )
+    return _pipeline("see_modular", backbone, (vision(),), stages)
+
+
+def hear_recordings(
+    *, recordings: str = "recordings", held_out: str = "george", backbone: Backbone = "smollm2"
+) -> PipelineConfig:
+    """Spoken digits from recordings of people; the speaker `held_out` is heard in the test alone.
+
+    `recordings` is a folder in the layout of the Free Spoken Digit Dataset, which is public.
+    """
+    source = MediaFileSource(layout="spoken_digits", path=recordings, held_out=held_out)
+    taught = (
+        _from(source, encoders()[1], epochs=6),
+        _from(source, speech_stages()[0], count=600),
+        _from(source, speech_stages()[1], count=600),
+    )
+    config = _pipeline("hear_recordings", backbone, (speech(),), taught)
+    evaluation = config.evaluation.model_copy(
+        update={"source": source.model_copy(update={"count": 200})}
+    )
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def _from(
+    source: MediaFileSource, stage: MediaStage, *, count: int | None = None, epochs: float = 1.0
+) -> MediaStage:
+    """A stage on other problems."""
+    taken = source.model_copy(update={"count": count})
+    loop = stage.loop.model_copy(update={"epochs": epochs})
+    return stage.model_copy(update={"source": taken, "loop": loop})
+
+
+def _pipeline(
+    name: str,
+    backbone: Backbone,
+    modalities: tuple[SenseConfig, ...],
+    stages: tuple[MediaStage, ...],
+) -> PipelineConfig:
+    sources = [each.source for each in stages]
+    families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
+    base, first = _base(backbone)
+    return PipelineConfig(
+        name=name,
+        base=base,
+        modalities=modalities,
+        stages=(*first, *stages),
+        evaluation=EvaluationConfig(
+            source=MediaSource(families=dict.fromkeys(sorted(families), 60)), max_new_tokens=24
+        ),
+    )
+
+
+def _tuned(
+    tuning: Tuning, senses: tuple[SenseConfig, ...], stages: tuple[MediaStage, ...]
+) -> tuple[tuple[SenseConfig, ...], tuple[MediaStage, ...]]:
+    """Senses and stages with adapters of their own, with one for all, or without any."""
+    if tuning == "mixture":
+        return senses, stages
+    if tuning not in ("shared", "full"):
+        raise ConfigError(
+            f"there is no tuning {tuning!r}", fix=f"choose from {', '.join(get_args(Tuning))}"
+        )
+    owner = senses[0].name if tuning == "shared" else None
+    bare = tuple(
+        each if each.name == owner else each.model_copy(update={"adapter": None, "borrows": owner})
+        for each in senses
+    )
+    return bare, tuple(_with_adapter_of(owner, each) for each in stages)
+
+
+def _with_adapter_of(owner: str | None, stage: MediaStage) -> MediaStage:
+    """The stage with `owner`'s adapter in place of those that it trains; None is the text model."""
+    trains = any("adapter" in learnt for learnt in stage.learns.values())
+    learns: dict[str, tuple[Part, ...]] = {
+        name: tuple(part for part in learnt if part != "adapter")
+        for name, learnt in stage.learns.items()
+    }
+    if trains and owner is not None:
+        learns[owner] = (*learns.get(owner, ()), "adapter")
+    return stage.model_copy(update={"learns": learns, "backbone": trains and owner is None})
+
+
+def _base(backbone: Backbone) -> tuple[NewBase | PretrainedBase, tuple[PretrainStage, ...]]:
+    """The text model, and the stage that makes it if it is new."""
+    if backbone == "smollm2":
+        return PretrainedBase(path="smollm2", model=SMOLLM2_135M), ()
+    if backbone == "nano":
+        base = nano_reasoner().base
+        assert isinstance(base, NewBase)
+        return base, (pretrain(),)
+    raise ConfigError(f"there is no backbone {backbone!r}", fix="choose smollm2 or nano")
+
+
+def _share(families: dict[str, int], share: float) -> dict[str, int]:
+    return {family: max(1, round(share * count)) for family, count in families.items()}

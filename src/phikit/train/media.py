@@ -1,0 +1,82 @@
+"""Supervised fine-tuning on rows with pictures and speech: the loss is on the replies alone.
+
+Two things differ from `sft`. A step's rows are of similar length: clips differ tenfold, and a long
+one would pad all of its neighbours. And clips are masked anew each time they are heard
+(SpecAugment), as a function of seed, step and place in the step, so that a resumed run masks what
+an unbroken one does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phikit.base.device import Rank
+from phikit.base.media import SPEECH, of_items
+from phikit.base.types import Example
+from phikit.data.media.augment import SpecAugmentConfig, spec_augment
+from phikit.data.media.problem import length_buckets
+from phikit.data.pack import batch_rows
+from phikit.train.objective import StepData
+from phikit.train.sft import SFTConfig, SFTObjective
+
+
+class MediaSFTConfig(SFTConfig):
+    """Shape of the batches, and how clips are masked."""
+
+    bucket_steps: int = 8
+    """Rows of so many steps are sorted by length and cut into steps; 1 mixes all lengths."""
+    spec_augment: SpecAugmentConfig | None = None
+    """None hears every clip as it is."""
+
+
+class MediaSFTObjective(SFTObjective):
+    """Cross-entropy on the replies of examples with media, in steps of similar length."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: MediaSFTConfig,
+        *,
+        seed: int,
+        rank: Rank = Rank(),
+    ) -> None:
+        super().__init__(examples, config, seed=seed, rank=rank)
+        self.media_config, self.seed, self.rank = config, seed, rank
+        self._epoch, self._steps = -1, list[NDArray[np.int64]]()
+
+    def step_data(self, step: int) -> StepData:
+        size = self.config.micro_examples
+        rows = [
+            self._augmented(self.examples[i], step, place)
+            for place, i in enumerate(self._chosen(step))
+            if place % self.rank.size == self.rank.index
+        ]
+        rows.sort(key=len)
+        batches = [batch_rows([[e] for e in rows[k : k + size]]) for k in range(0, len(rows), size)]
+        return StepData(batches, {})
+
+    def _chosen(self, step: int) -> NDArray[np.int64]:
+        """The rows of a step; every epoch has its own order, and its last step may be smaller."""
+        size = self.config.examples_per_step
+        epoch, index = divmod(step, -(-len(self.examples) // size))
+        if epoch != self._epoch:
+            self._epoch, self._steps = (
+                epoch,
+                length_buckets(
+                    [len(example) for example in self.examples],
+                    size=size,
+                    window=self.media_config.bucket_steps,
+                    seed=int(np.random.default_rng([self.seed, epoch]).integers(1 << 31)),
+                ),
+            )
+        return self._steps[index]
+
+    def _augmented(self, example: Example, step: int, place: int) -> Example:
+        config, items = self.media_config.spec_augment, example.media and example.media.items
+        if config is None or not items or SPEECH not in items:
+            return example
+        random = np.random.default_rng([self.seed, step, place])
+        clips = tuple(spec_augment(clip, config, random=random) for clip in items[SPEECH])
+        return replace(example, media=of_items({**items, SPEECH: clips}))

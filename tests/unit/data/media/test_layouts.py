@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from phikit.base.errors import DataError
+from phikit.data.media.layouts import read_layout
+from phikit.data.source import MediaFileSource, load_problems
+
+
+def test_llava(tmp_path: Path):
+    rows = [
+        {
+            "id": "1",
+            "image": "a/x.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A cat."},
+            ],
+        },
+        {
+            "id": "2",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}],
+        },
+    ]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows))
+    [problem] = read_layout("llava", file)
+    assert (problem.question, problem.answer) == ("<|image_1|>What is it?", "A cat.")
+    assert problem.media == {"vision": (tmp_path / "a/x.png",)}
+
+    rows[0]["image"] = "../../etc/passwd"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="leads out of"):
+        read_layout("llava", file)
+    file.write_text(json.dumps([{"image": "x.png", "conversations": []}]))
+    with pytest.raises(DataError, match="row 0: no conversation"):
+        read_layout("llava", file)
+    file.write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        read_layout("llava", file)
+
+
+def test_recordings(tmp_path: Path):
+    libri = tmp_path / "libri/19/198"
+    libri.mkdir(parents=True)
+    (libri / "19-198.trans.txt").write_text("19-198-0000 HELLO THERE\n19-198-0001 GOOD DAY\n")
+    found = read_layout("librispeech", tmp_path / "libri")
+    assert [p.answer for p in found] == ["hello there", "good day"]
+    assert found[0].media == {"speech": (libri / "19-198-0000.flac",)}
+    assert found[0].styles == ("voice:19",)
+
+    voice = tmp_path / "train.tsv"
+    voice.write_text("client_id\tpath\tsentence\nabc\tone.mp3\tGood morning.\n")
+    [problem] = read_layout("common_voice", voice)
+    assert problem.media == {"speech": (tmp_path / "clips/one.mp3",)}
+    assert problem.answer == "Good morning." and problem.styles == ("voice:abc",)
+
+    with pytest.raises(DataError, match="holds nothing"):
+        read_layout("spoken_digits", tmp_path)
+    with pytest.raises(DataError, match="there is no"):
+        read_layout("llava", tmp_path / "absent.json")
+
+
+def test_one_speaker_is_left_out(tmp_path: Path):
+    for name in ("0_ann_0", "1_ann_0", "0_bob_0", "1_bob_1", "2_eve_0"):
+        (tmp_path / f"{name}.wav").touch()
+    source = MediaFileSource(layout="spoken_digits", path=str(tmp_path), held_out="bob")
+    train, test = (load_problems(source, split=split, seed=0) for split in ("train", "test"))
+    assert [p.answer for p in train] == ["zero", "one", "two"] or len(train) == 3
+    assert sorted(p.answer for p in test) == ["one", "zero"]
+    assert {p.content_hash for p in train}.isdisjoint(p.content_hash for p in test)
+    few = source.model_copy(update={"count": 2})
+    assert len(load_problems(few, split="train", seed=0)) == 2
+    nobody = source.model_copy(update={"held_out": "zoe"})
+    with pytest.raises(DataError, match="check held_out"):
+        load_problems(nobody, split="test", seed=0)
