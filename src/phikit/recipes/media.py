@@ -161,9 +161,10 @@ def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> N
     """Give the encoders of `target` the weights and the statistics of those of `source`."""
     with torch.no_grad():
         for name in names:
-            ours, theirs = parts(target, name).encoder, parts(source, name).encoder
-            ours += target.senses[name].buffers()
-            theirs += source.senses[name].buffers()
+            ours, theirs = (
+                [*parts(model, name).encoder, *model.senses[name].buffers()]
+                for model in (target, source)
+            )
             for to, of in zip(ours, theirs, strict=True):
                 to.copy_(of)
 
