@@ -39,8 +39,9 @@ class MarksConfig(Config):
     """Sight: name what each patch shows."""
 
     kind: Literal["marks"] = "marks"
-    nothing_weight: float = 0.1
-    """Weight of patches that show nothing, which are most, beside 1 for all others."""
+    balance: float = 0.5
+    """A class weighs in by its count to the power of minus this: most patches show nothing at all,
+    and a shape covers as many as a line of letters."""
 
 
 class CTCConfig(Config):
@@ -80,14 +81,14 @@ class MarksObjective(MediaSFTObjective):
         super().__init__(examples, config, seed=seed, rank=rank)
         sight = model.senses[VISION]
         assert isinstance(sight, Sight), "only sight has patches"
-        self.weights = torch.ones(classes)
-        self.weights[NOTHING] = marks.nothing_weight
-        model.namer = _linear(sight.img_projection_up.in_features, classes, seed=seed).to(model.device)
+        self.weights_C = _balanced(examples, classes=classes, power=marks.balance)
+        model.namer = _linear(sight.img_projection_up.in_features, classes, seed=seed).to(
+            model.device
+        )
 
     def weight(self, batch: Batch) -> float:
         labels = np.concatenate([image.labels_MPP.ravel() for image in _images(batch)])
-        shown, asked = (labels != NOTHING) & (labels != IGNORED), labels == NOTHING
-        return float(shown.sum() + self.weights[NOTHING] * asked.sum())
+        return float(self.weights_C[labels[labels != IGNORED]].sum())
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         images = _images(batch)
@@ -104,7 +105,7 @@ class MarksObjective(MediaSFTObjective):
         )
         logits_SC = namer(features_MTD).flatten(0, 1)
         labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(**to).flatten()
-        weights = self.weights.to(**to)
+        weights = self.weights_C.to(**to)
         total = F.cross_entropy(logits_SC, labels_S, weight=weights, reduction="sum")
         is_shown_S = labels_S != NOTHING
         right = (logits_SC.argmax(-1) == labels_S)[is_shown_S].float().mean().nan_to_num()
@@ -136,7 +137,9 @@ class CTCObjective(MediaSFTObjective):
         hearing = model.senses[SPEECH]
         assert isinstance(hearing, Hearing), "only hearing has frames"
         self.units = units
-        model.namer = _linear(hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed).to(model.device)
+        model.namer = _linear(hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed).to(
+            model.device
+        )
 
     def weight(self, batch: Batch) -> float:
         return float(sum(map(len, self._said(batch))))
@@ -171,6 +174,17 @@ def reply_units(examples: Sequence[Example]) -> dict[int, int]:
     """A number from 1 for every token of the replies, their ends left out."""
     said = {int(token) for example in examples for token in example.tokens[example.loss_mask][:-1]}
     return {token: number for number, token in enumerate(sorted(said), start=1)}
+
+
+def _balanced(examples: Sequence[Example], *, classes: int, power: float) -> Tensor:
+    """Weights of the classes, whose mean over all patches is 1."""
+    counts = np.zeros(classes, np.int64)
+    for example in examples:
+        for image in example.media.images if example.media else ():
+            labels = image.labels_MPP[image.labels_MPP != IGNORED]
+            counts += np.bincount(labels, minlength=classes)
+    weights = np.maximum(counts, 1.0) ** -power
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
 
 
 def _images(batch: Batch) -> list[MarkedImage]:

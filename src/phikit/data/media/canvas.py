@@ -105,7 +105,6 @@ def bars(
         x, y = 10 + width * i, base - round(height * value / (top * 1.1))
         draw.rectangle([x, y, x + width - 10, base], fill=colours[(first + i) % len(colours)])
         middle = x + (width - 10) / 2
-        marks.append(Mark("bar", x, y, x + width - 10, base))
         marks += _write(draw, (middle, y - 1), str(value), made, style.ink, anchor="mb")
         marks += _write(draw, (middle, base + 2), label, made, style.ink, anchor="mt")
     return Drawn(noisy(image, random), tuple(marks))

@@ -6,7 +6,6 @@ a hundred patches; the marks name what lies in every one of them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-
 from dataclasses import dataclass
 
 import numpy as np
