@@ -30,6 +30,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.config import Config
+from phikit.nn.attention import whole_attention
 
 PATCHES_PER_PASS = 16_384
 """Patches the tower takes at once, 16 crops of Phi-4-multimodal's: enough for a GPU, and it bounds
@@ -144,7 +145,7 @@ class VisionAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         keys = None if visible_MT is None else visible_MT[:, None, None]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        mixed = whole_attention(q, k, v, keys)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
