@@ -20,10 +20,16 @@ from phikit.chat.image import load_image
 from phikit.data.media.canvas import Mark
 from phikit.data.media.marks import IGNORED, NOTHING, MarkedImage, mark_classes, marked
 from phikit.models.decoder import Decoder
-from phikit.train.encoders import CTCObjective, MarksConfig, MarksObjective, reply_units
+from phikit.train.encoders import (
+    CTCObjective,
+    MarksConfig,
+    MarksObjective,
+    meanings,
+    reply_units,
+)
 from phikit.train.media import MediaSFTConfig
 from phikit.train.optim import OptimConfig
-from phikit.weights.surgery import train_only
+from phikit.weights.surgery import parts, train_only
 
 Image = pytest.importorskip("PIL.Image", reason="pip install phikit[media]")
 SFT = MediaSFTConfig(examples_per_step=4, micro_examples=2)
@@ -76,13 +82,19 @@ def sounds(model: Decoder) -> list[Example]:
     return rows
 
 
-def marks_objective(model: Decoder, *, classes: int = 2) -> MarksObjective:
-    return MarksObjective(model, sights(model), SFT, MarksConfig(), classes=classes, seed=0)
+def marks_objective(model: Decoder, *, classes: int = 2, speaks: bool = False) -> MarksObjective:
+    said = meanings(model, [[7], [8, 9], [10]]) if speaks else None
+    config = MarksConfig()
+    return MarksObjective(
+        model, sights(model), SFT, config, classes=classes, meanings_CD=said, seed=0
+    )
 
 
-def ctc_objective(model: Decoder) -> CTCObjective:
+def ctc_objective(model: Decoder, *, speaks: bool = False) -> CTCObjective:
     rows = sounds(model)
-    return CTCObjective(model, rows, SFT, units=reply_units(rows), seed=0)
+    units = reply_units(rows)
+    said = meanings(model, [[7], *([token] for token in units)]) if speaks else None
+    return CTCObjective(model, rows, SFT, units=units, meanings_CD=said, seed=0)
 
 
 KINDS = {"vision": marks_objective, "speech": ctc_objective}
@@ -94,8 +106,8 @@ def test_it_learns_and_resumes_exactly(name, tiny_model: Callable[..., Decoder],
     for run, stops in (("unbroken", (12,)), ("broken", (5, 12))):
         for steps in stops:
             model = taught(tiny_model(), *MODALITIES[:2])
-            learnt = train_only(model, {name: ("encoder",)})
-            objective = KINDS[name](model)
+            learnt = train_only(model, {name: ("encoder", "projector")})
+            objective = KINDS[name](model, speaks=True)
             train_in(tmp_path / run, model, objective, optim=OPTIM, steps=steps)
         results.append([parameter.detach().clone() for parameter in learnt])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -107,7 +119,7 @@ def test_it_learns_and_resumes_exactly(name, tiny_model: Callable[..., Decoder],
 def test_micro_batches_change_nothing(name, tiny_model: Callable[..., Decoder]):
     """Sums over the rows of a step, divided once by the sum of their weights."""
     model = taught(tiny_model(), *MODALITIES[:2])
-    objective = KINDS[name](model)
+    objective = KINDS[name](model, speaks=True)
     model.eval()
     batches = objective.step_data(0).batches
     assert len(batches) == 2
@@ -116,6 +128,31 @@ def test_micro_batches_change_nothing(name, tiny_model: Callable[..., Decoder]):
     [batch] = objective.step_data(0).batches
     assert objective.weight(batch) == pytest.approx(sum(map(objective.weight, batches)))
     assert float(objective.loss(model, batch).total.detach()) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_the_projector_learns_is_no_matter_to_the_encoder(
+    name, tiny_model: Callable[..., Decoder]
+):
+    gradients = []
+    for speaks in (False, True):
+        model = taught(tiny_model(), *MODALITIES[:2])
+        train_only(model, {name: ("encoder", "projector")})
+        objective = KINDS[name](model, speaks=speaks)
+        [first, _] = objective.step_data(0).batches
+        objective.loss(model, first).total.backward()
+        of = parts(model, name)
+        gradients.append([p.grad for p in of.encoder if p.grad is not None])
+        reached = [p for p in of.projector if p.grad is not None and bool(p.grad.any())]
+        assert len(reached) == (len(of.projector) if speaks else 0)
+    assert gradients[0] and all(map(torch.equal, *gradients))
+
+
+def test_meanings_are_the_embeddings_of_names(tiny_model: Callable[..., Decoder]):
+    model = tiny_model()
+    table = model.model.embed_tokens.weight
+    said = meanings(model, [[3], [4, 6]])
+    torch.testing.assert_close(said, torch.stack([table[3], (table[4] + table[6]) / 2]))
 
 
 def test_ctc_sums_over_all_ways_to_say_it(tiny_model: Callable[..., Decoder]):

@@ -321,6 +321,11 @@ class ImageEmbedder(nn.Module):
             ]
         )
 
+    @property
+    def separators(self) -> tuple[Tensor, Tensor]:
+        """The learnt vectors at the end of a row [1, 1, 1, D], and between the two views."""
+        return self.sub_img_feature_extensor, self.global_img_feature_extensor
+
     def project(self, features_TD: Tensor) -> Tensor:
         """From the width of the tower to that of the decoder."""
         return self.img_projection_down(F.gelu(self.img_projection_up(features_TD)))

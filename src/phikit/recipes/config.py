@@ -158,8 +158,13 @@ class MediaStage(_Stage):
         if self.alone is None:
             return self
         name = VISION if self.alone.kind == "marks" else SPEECH
-        if self.learns != {name: ("encoder",)} or self.reader is not None or self.backbone:
-            raise ValueError(f'alone: {self.alone.kind} trains {{"{name}": ["encoder"]}} only')
+        learnt = set(self.learns.get(name, ()))
+        is_whole = "encoder" in learnt and "adapter" not in learnt
+        if {*self.learns} != {name} or not is_whole or self.reader is not None or self.backbone:
+            raise ValueError(
+                f"alone: {self.alone.kind} trains the encoder of {name}, and may train its "
+                "projectors beside"
+            )
         return self
 
     @property

@@ -27,8 +27,15 @@ from phikit.models.senses import Hearing
 from phikit.recipes.config import MediaStage
 from phikit.recipes.context import Prepared, StageContext, stage_seed
 from phikit.train.contrastive import ContrastiveObjective, pair_of
-from phikit.train.encoders import CTCObjective, MarksConfig, MarksObjective, reply_units
+from phikit.train.encoders import (
+    CTCObjective,
+    MarksConfig,
+    MarksObjective,
+    meanings,
+    reply_units,
+)
 from phikit.train.media import MediaSFTObjective
+from phikit.weights.load import Loaded
 from phikit.weights.surgery import attach, parts, train_only
 
 FAULTS = "faults.json"
@@ -71,7 +78,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
     seed = stage_seed(context.seed, stage.name, "order")
     if stage.alone is not None:
-        return _alone(stage, model, examples, read.problems, seed)
+        return _alone(stage, context.loaded, examples, read.problems, seed)
     if stage.reader is None:
         examples = [_encoded(example, taught, stage) for example in examples]
     objective = _objective(stage, taught, examples, seed)
@@ -85,25 +92,36 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
 
 def _alone(
     stage: MediaStage,
-    model: Decoder,
+    loaded: Loaded,
     examples: list[Example],
     problems: Sequence[MediaProblem],
     seed: int,
 ) -> Prepared:
     """An encoder by itself, in float32 whatever the model's type: it is small, and starts anew."""
-    [name] = stage.learns
+    [(name, learnt)] = stage.learns.items()
+    model, encode = loaded.model, loaded.tokenizer.encode
     model.senses[name].float()
     if isinstance(stage.alone, MarksConfig):
         classes = mark_classes(marks for problem in problems for marks in problem.marks)
         named = zip(examples, problems, strict=True)
         examples = [_marked(example, problem, classes) for example, problem in named]
-        count = len(classes) + 1
+        names = [encode(each) for each in (" ", *classes, "\n")]
         objective = MarksObjective(
-            model, examples, stage.sft, stage.alone, classes=count, seed=seed
+            model,
+            examples,
+            stage.sft,
+            stage.alone,
+            classes=len(classes) + 1,
+            meanings_CD=meanings(model, names) if "projector" in learnt else None,
+            seed=seed,
         )
     else:
         units = reply_units(examples)
-        objective = CTCObjective(model, examples, stage.sft, units=units, seed=seed)
+        names = [encode(" "), *([token] for token in units)]
+        said = meanings(model, names) if "projector" in learnt else None
+        objective = CTCObjective(
+            model, examples, stage.sft, units=units, meanings_CD=said, seed=seed
+        )
 
     def finish() -> None:
         del model.namer

@@ -47,7 +47,7 @@ def vision() -> VisionModality:
         crop_size=48,
         positions_per_side=6,
         feature_layer=4,
-        stem=(24, 48, 96),
+        stem=(32, 64, 128),
     )
     return VisionModality(encoder=encoder, max_crops=12, adapter=AdapterConfig(rank=16, alpha=32))
 
@@ -92,10 +92,10 @@ def stage(
 def encoders() -> tuple[MediaStage, ...]:
     """The encoders' initialisation, without the language model."""
     return (
-        stage("see", PICTURES, {"vision": ("encoder",)}, rate=2e-3, muon=0.02, epochs=2,
+        stage("see", PICTURES, {"vision": ("encoder", "projector")}, rate=5e-3, muon=0.02,
               alone=MarksConfig()),
-        stage("hear", SOUNDS, {"speech": ("encoder",)}, rate=2e-3, muon=0.02, epochs=3,
-              alone=CTCConfig(), masked=True),
+        stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
+              epochs=3, alone=CTCConfig(), masked=True),
     )  # fmt: skip
 
 

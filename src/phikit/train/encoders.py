@@ -9,6 +9,11 @@ nothing would learn slowly through a decoder. What is drawn or spoken is known i
 Both put one linear layer on the encoder, which is thrown away. Phi-4-multimodal's encoders come
 from such a start too: a SigLIP tower, and the encoder of a speech recogniser (arXiv 2503.01743,
 section 2.2). Source of CTC: Graves et al., 2006.
+
+The projector may learn beside: where the encoder names a class, it is to say the language model's
+own embedding of that name (`meanings`). A picture of a word then comes to the model as letters, a
+clip as words with blanks between, and much of what follows is copying. Neither needs the language
+model to run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,6 +63,8 @@ class MarksObjective(MediaSFTObjective):
     Args:
         model: has sight.
         classes: how many, that of nothing included.
+        meanings_CD: what the projector is to say for each class, float32 [classes, D], and at the
+            ends of rows the last line, which is one more; None leaves the projector alone.
 
     Raises DataError if no image has a mark.
     """
@@ -70,6 +77,7 @@ class MarksObjective(MediaSFTObjective):
         marks: MarksConfig,
         *,
         classes: int,
+        meanings_CD: Tensor | None = None,
         seed: int,
         rank: Rank = Rank(),
     ) -> None:
@@ -81,6 +89,7 @@ class MarksObjective(MediaSFTObjective):
         super().__init__(examples, config, seed=seed, rank=rank)
         sight = model.senses[VISION]
         assert isinstance(sight, Sight), "only sight has patches"
+        self.meanings_CD = meanings_CD
         self.weights_C = _balanced(examples, classes=classes, power=marks.balance)
         model.namer = _linear(sight.img_projection_up.in_features, classes, seed=seed).to(
             model.device
@@ -107,9 +116,28 @@ class MarksObjective(MediaSFTObjective):
         labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(**to).flatten()
         weights = self.weights_C.to(**to)
         total = F.cross_entropy(logits_SC, labels_S, weight=weights, reduction="sum")
+        if self.meanings_CD is not None:
+            total = total + self._said(sight, features_MTD, namer, self.meanings_CD)
         is_shown_S = labels_S != NOTHING
         right = (logits_SC.argmax(-1) == labels_S)[is_shown_S].float().mean().nan_to_num()
         return LossOutput(total, {"named": right * self.weight(batch)})
+
+    def _said(
+        self, sight: Sight, features_MTD: Tensor, namer: nn.Linear, meanings_CD: Tensor
+    ) -> Tensor:
+        """How far the projector is from saying what the patches of each token are named."""
+        side = round(features_MTD.shape[1] ** 0.5) // 2
+        features_MTD = features_MTD.detach()
+        *meanings, end = meanings_CD
+        names_MTD = namer(features_MTD).softmax(-1).detach() @ torch.stack(meanings)
+        features_SD, names_SD = (
+            each.unflatten(1, (side, 2, side, 2)).mean((2, 4)).flatten(0, 2)
+            for each in (features_MTD, names_MTD)
+        )
+        ends_SD = torch.cat([part.flatten(0, -2) for part in sight.separators])
+        total = _distance(sight.project(features_SD), names_SD, meanings_CD)
+        # Once for every crop, so that a sum over micro-batches is the sum over the step.
+        return total + len(features_MTD) * _distance(sight.project(ends_SD), end, meanings_CD)
 
 
 class CTCObjective(MediaSFTObjective):
@@ -121,6 +149,8 @@ class CTCObjective(MediaSFTObjective):
     Args:
         model: has hearing.
         units: a number from 1 for every token that occurs in a reply.
+        meanings_CD: what the projectors are to say for the blank and for each unit, float32
+            [1 + units, D]; None leaves them alone.
     """
 
     def __init__(
@@ -130,13 +160,14 @@ class CTCObjective(MediaSFTObjective):
         config: MediaSFTConfig,
         *,
         units: Mapping[int, int],
+        meanings_CD: Tensor | None = None,
         seed: int,
         rank: Rank = Rank(),
     ) -> None:
         super().__init__(examples, config, seed=seed, rank=rank)
         hearing = model.senses[SPEECH]
         assert isinstance(hearing, Hearing), "only hearing has frames"
-        self.units = units
+        self.units, self.meanings_CD = units, meanings_CD
         model.namer = _linear(hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed).to(
             model.device
         )
@@ -160,6 +191,8 @@ class CTCObjective(MediaSFTObjective):
             reduction="sum",
             zero_infinity=True,
         )
+        if self.meanings_CD is not None:
+            total = total + _spoken(hearing, heard, namer, self.meanings_CD)
         return LossOutput(total, {})
 
     def _said(self, batch: Batch) -> list[list[int]]:
@@ -168,6 +201,29 @@ class CTCObjective(MediaSFTObjective):
             [self.units[token] for token in row[row >= 0].tolist()[:-1]]
             for row in batch.targets_BT.cpu()
         ]
+
+
+def _spoken(
+    hearing: Hearing, heard: Sequence[Tensor], namer: nn.Linear, meanings_CD: Tensor
+) -> Tensor:
+    """How far the projectors are from saying what each frame is named."""
+    features_SD = torch.cat(list(heard)).detach()
+    names_SD = namer(features_SD).softmax(-1).detach() @ meanings_CD
+    modes: tuple[Literal["speech", "vision"], ...] = ("speech", "vision")
+    said = [torch.cat(hearing.tell([features_SD], mode=mode)) for mode in modes]
+    return torch.stack([_distance(each, names_SD, meanings_CD) for each in said]).sum()
+
+
+def _distance(said_SD: Tensor, wanted_SD: Tensor, meanings_CD: Tensor) -> Tensor:
+    """Squared, in units of the meanings' own size, summed over tokens."""
+    return (said_SD - wanted_SD).square().mean(-1).sum() / meanings_CD.square().mean()
+
+
+def meanings(model: Decoder, names: Sequence[Sequence[int]]) -> Tensor:
+    """The language model's embeddings of names, float32 [names, D]; of many tokens their mean."""
+    with torch.no_grad():
+        made = [model.embed_text(torch.tensor([ids], device=model.device))[0] for ids in names]
+        return torch.stack([each.float().mean(0) for each in made])
 
 
 def reply_units(examples: Sequence[Example]) -> dict[int, int]:

@@ -189,7 +189,7 @@ def draft_digit(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         light = pictures[number].repeat(4, axis=0).repeat(4, axis=1)
         picture = canvas.noisy(np.stack([255 - light] * 3, axis=-1), random)
-        whole = canvas.Mark(f"handwritten {digits[number]}", 0, 0, *picture.shape[1::-1])
+        whole = canvas.Mark(str(digits[number]), 0, 0, *picture.shape[1::-1])
         return _seen(canvas.Drawn(picture, (whole,)))
 
     question = "<|image_1|>Which digit is this?"
