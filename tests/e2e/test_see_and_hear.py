@@ -98,6 +98,12 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
         )
         assert said.returncode == 0, (shown, said.stderr)
 
+    asked = phikit("eval", out, "--json")
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["senses"] == results["stages"][-1]["senses"]
+    described = phikit("show", out)
+    assert "perceives" in described.stdout and "speech (" in described.stdout, described.stderr
+
 
 def _files(folder: Path) -> tuple[Path, Path]:
     """A picture and a sound."""

@@ -139,16 +139,18 @@ def _offered(
 
 
 def _choice(name: str, source: "Source", adapters: tuple[str, ...]) -> "Choice":
-    from phikit.models.multimodal import MultimodalConfig
+    from phikit.base.media import SPEECH, VISION
     from phikit.serve.page_talks import Choice
 
-    config = source.about["config"]
+    about = source.about
     # The recipes train on single questions; a second turn is outside of what they saw.
-    choice = Choice(name, adapters=adapters, remembers=locate(name).stage is None)
-    if isinstance(config, MultimodalConfig):
-        own = (*config.adapters, *adapters)
-        return choice._replace(sees=True, hears=True, adapters=own)
-    return choice
+    return Choice(
+        name,
+        sees=VISION in about["senses"],
+        hears=SPEECH in about["senses"],
+        adapters=(*about["adapters"], *adapters),
+        remembers=locate(name).stage is None,
+    )
 
 
 def _with_adapters(source: "Source", folders: dict[str, Path]) -> "Source":

@@ -78,10 +78,15 @@ def evaluate(
     out: Out = None,
     router: RouterFile = None,
 ) -> None:
-    """Solve problems; tell how many came out right, and what became of the rest."""
+    """Solve problems; tell how many came out right, and what became of the rest.
+
+    A run that has learnt to see or hear needs no --data: it is shown its own held-out problems.
+    """
     with stoppable(kept="an evaluation keeps nothing until it is done"), ExitStack() as stack:
-        problems = _problems(data, task, limit)
-        place, loaded = _load(run)
+        place = locate(run)
+        shown = None if data or task or router else _held_out(place, limit)
+        problems = shown or _problems(data, task, limit)
+        loaded = _load(place)
         if router is not None:
             if samples != 1 or temperature is not None:
                 raise ConfigError(
@@ -106,9 +111,9 @@ def evaluate(
             "num_samples": samples,
             "temperature": temperature,
         }
-        name = data.stem if data else str(task)
-        result = _solve(name, problems, loaded, settings, _scorer(stack))
-        _tell(result, settings, as_json=as_json)
+        name = "held-out" if shown else data.stem if data else str(task)
+        result = _solve(name, problems, loaded, settings, None if shown else _scorer(stack))
+        _tell(result, settings, as_json=as_json, by_family=shown is not None)
         path = out or (place.stage / "samples" / f"eval-{name}.txt" if place.stage else None)
         if path is not None:
             _write(result, path)
@@ -125,11 +130,23 @@ def _problems(data: Path | None, task: str | None, limit: int | None) -> "list[P
     raise ConfigError("give one set of problems", fix="either --data FILE.jsonl or --task NAME")
 
 
-def _load(run: str) -> tuple[Place, "Loaded"]:
+def _held_out(place: Place, limit: int | None) -> "list[Problem] | None":
+    """The held-out problems of a run that attaches modalities, spread evenly; None for others."""
+    from phikit.data.source import load_problems
+    from phikit.recipes.config import PipelineConfig
+
+    if place.config is None or not place.config.get("modalities"):
+        return None
+    evaluation = PipelineConfig.resolve(place.config).evaluation
+    found = load_problems(evaluation.source, split=evaluation.split, seed=evaluation.seed)
+    step = 1 if limit is None else max(1, len(found) // limit)
+    return found[::step][:limit]
+
+
+def _load(place: Place) -> "Loaded":
     from phikit.weights.load import load
 
-    place = locate(run)
-    return place, load(place.model)
+    return load(place.model)
 
 
 def _reply_tokens(place: Place, loaded: "Loaded") -> int:
@@ -156,14 +173,16 @@ def _solve(
     problems: "list[Problem]",
     loaded: "Loaded",
     settings: dict[str, Any],
-    scorer: "Scorer",
+    scorer: "Scorer | None",
 ) -> "EvalResult":
+    """Without a scorer, problems are shown with their media, and judged by family."""
     from rich.console import Console
 
     from phikit.base.progress import Progress
+    from phikit.evals.senses import sense_scorer
     from phikit.evals.task import Task, evaluate
     from phikit.generate.engine import Engine
-    from phikit.solve.plain import SamplingConfig, plain
+    from phikit.solve.plain import SamplingConfig, Senses, plain
 
     sampling = SamplingConfig.resolve(settings)
     with Progress(console=Console(stderr=True)) as progress:
@@ -172,19 +191,25 @@ def _solve(
             Engine(loaded.model),
             loaded.renderer,
             sampling,
+            senses=Senses.of(loaded.model) if scorer is None else None,
             on_progress=lambda _, finished: progress.advance(finished),
         )
-        result = evaluate(Task(name, problems, solver, scorer))
+        result = evaluate(Task(name, problems, solver, scorer or sense_scorer()))
     if result.statuses["error"] == len(problems) * sampling.num_samples:
         reason = result.records[0].replies[0].reason
         raise DataError(f"no problem could be asked: {reason}", fix="lower --max-new-tokens")
     return result
 
 
-def _tell(result: "EvalResult", settings: dict[str, Any], *, as_json: bool) -> None:
+def _tell(
+    result: "EvalResult", settings: dict[str, Any], *, as_json: bool, by_family: bool
+) -> None:
     from phikit.cli.scores import scores, show_scores
+    from phikit.evals.senses import figures
 
     numbers = scores(result, settings)
+    if by_family:
+        numbers["senses"] = figures(result)
     if as_json:
         typer.echo(json.dumps(numbers, indent=1))
     else:

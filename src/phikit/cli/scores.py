@@ -51,6 +51,10 @@ def show_scores(numbers: Mapping[str, Any]) -> None:
     for steps, cell in numbers["by_steps"].items():
         share = accuracy(cell["accuracy"], cell["stderr"])
         table.add_row(f"{steps} steps", share, f"of {cell['n']}")
+    for family, cell in numbers.get("senses", {}).items():
+        table.add_row(
+            f"{family}, {cell['measure']}", f"{100 * cell['value']:.1f} %", f"of {cell['n']}"
+        )
     screen().print(table)
 
 

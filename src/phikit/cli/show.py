@@ -47,7 +47,8 @@ def show(
         _print(_catalogue_rows(known))
         return
     found = describe(place.model)
-    _print([*_stored_rows(found), *_config_rows(found.config), *_chat_rows(found)])
+    rows = [*_stored_rows(found), *_config_rows(found.config), *_chat_rows(found)]
+    _print([*rows, *_sense_rows(found)])
     for adapter in found.adapters:
         typer.echo()
         _print([("adapter", adapter.name), *_adapter_rows(adapter)])
@@ -170,6 +171,14 @@ def _chat_rows(found: "Description") -> list[tuple[str, str]]:
         kind = "none: it only goes on with a text" if name == "text" else f"that of {name}"
         rows.append(("chat template", f"{kind}; a reply ends at {stops}"))
     return rows
+
+
+def _sense_rows(found: "Description") -> list[tuple[str, str]]:
+    words = [
+        sense.name if sense.parameters is None else f"{sense.name} ({sense.parameters:,} beside it)"
+        for sense in found.senses
+    ]
+    return [("perceives", ", ".join(words))] if words else []
 
 
 def _adapter_rows(adapter: "Adapter") -> list[tuple[str, str]]:

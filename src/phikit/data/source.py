@@ -5,6 +5,7 @@ their content, so no seed and no file can put one problem on both sides.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from phikit.base.config import Config
 from phikit.base.errors import DataError, MissingExtraError
 from phikit.data.media.generate import generate as generate_media
 from phikit.data.media.layouts import Layout, read_layout
+from phikit.data.media.problem import MediaProblem
+from phikit.data.media.rows import Columns, problem_of
 from phikit.data.problem import Problem, Provenance, normalise, read_problems
 from phikit.data.procedural import DEFAULT_STEPS, Level, generate
 from phikit.data.split import Split, split_of
@@ -54,6 +57,10 @@ class HubSource(Config):
     """Column with the reply: text, or turns `{"role", "content"}` of which the assistant's last one
     counts. A `<think>` part in it becomes the thinking."""
     count: int | None = None
+    media: dict[str, str] = Field(default_factory=dict)
+    """Column of each modality, such as `{"vision": "image"}`; rows are then problems with media."""
+    prompt: str | None = None
+    """What is asked of every row with media, in place of the column `question`."""
     license: str = "unknown"
     is_benchmark: bool = False
     """All rows are test problems; otherwise each belongs to a split by its content."""
@@ -78,6 +85,8 @@ class MediaFileSource(Config):
     layout: Layout
     path: str
     """The file that lists the items, or their folder."""
+    columns: Columns | None = None
+    """Of a Parquet file that others wrote."""
     count: int | None = None
     held_out: str | None = None
     """A speaker whose recordings are the held-out problems; all the others' train. None goes by
@@ -135,7 +144,7 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
 
 def _of_files(source: MediaFileSource, split: Split) -> list[Problem]:
     """The problems of one side, spread evenly over the whole, as layouts are sorted."""
-    found = read_layout(source.layout, Path(source.path))
+    found = read_layout(source.layout, Path(source.path), columns=source.columns)
     if source.held_out is None:
         chosen = [problem for problem in found if split_of(problem.signature) == split]
     else:
@@ -159,8 +168,36 @@ def _hub(source: HubSource) -> Iterable[Problem]:
     rows = load_dataset(
         source.id, source.name, split=source.rows_of, revision=source.revision, streaming=True
     )
+    if not source.media:
+        for index, row in enumerate(rows):
+            yield _hub_problem(source, row, index)
+        return
+    if getattr(rows, "features", None):
+        rows = rows.decode(False)  # our own loaders know limits
+    columns = Columns(
+        question=None if source.prompt else source.question,
+        prompt=source.prompt,
+        answer=source.answer,
+        media=source.media,
+    )
+    root = Path(source.id) if Path(source.id).is_dir() else None
     for index, row in enumerate(rows):
-        yield _hub_problem(source, row, index)
+        yield _licensed(
+            problem_of(row, columns, source=source.id, family=source.id, index=index, root=root),
+            source,
+        )
+
+
+def _licensed(problem: MediaProblem, source: HubSource) -> MediaProblem:
+    """The problem with what the source says of all of its rows."""
+    changes: dict[str, Any] = {
+        "license": source.license,
+        "generator": "hub",
+        "version": source.revision or "main",
+    }
+    if source.is_benchmark:
+        changes["split"] = "test"
+    return replace(problem, provenance=replace(problem.provenance, **changes))
 
 
 def _last_reply(value: Any) -> Any:

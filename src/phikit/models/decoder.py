@@ -6,7 +6,7 @@ are those of Hugging Face checkpoints. Any decoder may be taught to perceive mor
 (`models.modality`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from phikit.base.config import Config
 from phikit.base.media import Media, word_of
-from phikit.models.modality import Modality, adapters_for, check_counts, overwrite_media
+from phikit.models.modality import (
+    LoraShape,
+    Modality,
+    adapters_for,
+    check_counts,
+    overwrite_media,
+)
 from phikit.nn.attention import Attend, AttentionShape, CausalAttention
 from phikit.nn.linear import Linear
 from phikit.nn.lora import route_adapters
@@ -43,6 +49,16 @@ class DecoderConfig(Config):
     norm_eps: PositiveFloat = 1e-5
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
+
+    @property
+    def senses(self) -> tuple[str, ...]:
+        """The modalities that models of this config are born with; others may be attached."""
+        return ()
+
+    @property
+    def adapters(self) -> Mapping[str, LoraShape]:
+        """The adapters that they are born with, by name."""
+        return {}
 
     @property
     def rotary_dim(self) -> int:

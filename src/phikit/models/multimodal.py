@@ -47,6 +47,10 @@ class MultimodalConfig(DenseConfig):
     """Placeholder of a clip's positions."""
 
     @property
+    def senses(self) -> tuple[str, ...]:
+        return (VISION, SPEECH)
+
+    @property
     def adapters(self) -> dict[str, LoraShape]:
         """The adapters that the model has, by name."""
         both = {VISION: self.vision_lora, SPEECH: self.speech_lora}

@@ -41,7 +41,8 @@ class Source(NamedTuple):
     """Bytes that its weights will take, known without loading it."""
     about: Mapping[str, Any] = MappingProxyType({})
     """Facts for listings, where they are known: `path`, `modified_s`, `size` (bytes on disk),
-    `dtype`, `config`, `template`, `speaks_tools`, `thinks`."""
+    `dtype`, `config`, `template`, `speaks_tools`, `thinks`; `senses`, the names of the modalities,
+    and `adapters`, of those among them that have one."""
 
 
 @dataclass(eq=False)
@@ -259,6 +260,8 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
         "size": described.stored.size,
         "dtype": described.stored.dtype,
         "config": described.config,
+        "senses": tuple(sense.name for sense in described.senses),
+        "adapters": tuple(sense.name for sense in described.senses if sense.has_adapter),
         "template": getattr(described.renderer, "template", ""),
         "speaks_tools": getattr(described.renderer, "speaks_tools", False),
         "thinks": getattr(described.renderer, "thinks", False),
@@ -266,10 +269,12 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
 
     def size() -> int:
         packed = described.packed
+        attached = sum(sense.parameters or 0 for sense in described.senses)
         if packed is not None:
-            return packed.size + 4 * sum(packed.kept.values())
+            return packed.size + 4 * (sum(packed.kept.values()) + attached)
         with torch.device("meta"):
             numbers = sum(part.numel() for part in build(described.config).parameters())
+        numbers += attached
         return numbers * _dtype(dtype or described.stored.dtype).itemsize
 
     return Source(lambda: load(path, dtype=dtype), size, about)

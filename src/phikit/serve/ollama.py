@@ -12,13 +12,13 @@ from hashlib import sha256
 from typing import Any
 
 from phikit.base.errors import ChatError, ContextOverflowError
+from phikit.base.media import SPEECH, VISION
 from phikit.chat.message import Message
 from phikit.chat.tools import ToolCall, ToolDefinition
 from phikit.generate.language_model import LanguageModel
 from phikit.generate.language_model import Options as Drawing
 from phikit.generate.request import Request
 from phikit.models.decoder import DecoderConfig
-from phikit.models.multimodal import MultimodalConfig
 from phikit.serve import ollama_schema as schema
 from phikit.serve.errors import RefusedError, UnknownModelError
 from phikit.serve.faults import OLLAMA, encode, fault_of
@@ -30,6 +30,8 @@ from phikit.serve.openai import everything, said
 from phikit.serve.openai_ask import random_seed, room, with_tools
 
 log = logging.getLogger("phikit.serve")
+CAPABILITIES = {VISION: "vision", SPEECH: "audio"}
+"""What Ollama calls them."""
 
 Asker = Callable[[LanguageModel], list[Asked]]
 TEMPERATURE, TOP_K, TOP_P = 0.8, 40, 0.9
@@ -294,8 +296,7 @@ def show(shelf: ModelShelf, body: schema.ShowRequest) -> dict[str, Any]:
     about = shelf.sources[name].about
     config: DecoderConfig | None = about.get("config")
     capabilities = ["completion"]
-    if isinstance(config, MultimodalConfig):
-        capabilities += ["vision", "audio"]
+    capabilities += [CAPABILITIES[name] for name in about.get("senses", ()) if name in CAPABILITIES]
     if about.get("speaks_tools"):
         capabilities.append("tools")
     if about.get("thinks"):

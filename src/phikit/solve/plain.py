@@ -16,8 +16,10 @@ from phikit.base.errors import ContextOverflowError
 from phikit.base.media import Media
 from phikit.chat.message import Message
 from phikit.chat.render import Renderer
+from phikit.data.media.problem import MediaProblem, media_of
 from phikit.data.problem import Problem
 from phikit.generate.request import Completion, Generator, OnProgress, Request
+from phikit.models.decoder import Decoder
 from phikit.solve.solver import Reply, Solver
 
 
@@ -51,6 +53,16 @@ class Senses(NamedTuple):
     """The items of a problem, prepared."""
     ids: Mapping[str, int]
     """The placeholder tokens (`Decoder.media_ids`)."""
+
+    @classmethod
+    def of(cls, model: Decoder) -> Self:
+        """Those of a model: what it perceives is shown as the problem has it."""
+        prepare = {name: sense.config.prepare for name, sense in model.senses.items()}
+
+        def media(problem: Problem) -> Media | None:
+            return media_of(problem, prepare) if isinstance(problem, MediaProblem) else None
+
+        return cls(media, model.media_ids)
 
 
 def problem_seed(seed: int, content_hash: str) -> int:

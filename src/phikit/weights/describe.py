@@ -15,7 +15,6 @@ from phikit.base.errors import ChatError, WeightsError
 from phikit.chat.render import Renderer
 from phikit.chat.tokenizer import Tokenizer
 from phikit.models.decoder import Decoder, DecoderConfig
-from phikit.models.multimodal import MultimodalConfig
 from phikit.models.registry import build
 from phikit.nn.quantised import PackedWeight, QuantConfig
 from phikit.weights.adapter import CONFIG as ADAPTER_CONFIG
@@ -32,6 +31,7 @@ from phikit.weights.load import (
 )
 from phikit.weights.quantised import put_empty
 from phikit.weights.safetensors_files import open_file, open_folder
+from phikit.weights.surgery import saved_modalities, saved_parameters
 
 BLOCK = 32
 """Weights that share one 16-bit scale in Q8_0 and Q4_0."""
@@ -45,6 +45,15 @@ class Adapter(NamedTuple):
     alpha: float | None
     targets: tuple[str, ...]
     parameters: int
+
+
+class Sense(NamedTuple):
+    """What a model perceives beside text."""
+
+    name: str
+    has_adapter: bool
+    parameters: int | None
+    """Of encoder and projector; None for one that the model is born with: they are its own."""
 
 
 class Stored(NamedTuple):
@@ -82,6 +91,7 @@ class Description(NamedTuple):
     renderer_fault: str | None
     """Why there is no renderer, or no tokenizer."""
     adapters: tuple[Adapter, ...]
+    senses: tuple[Sense, ...] = ()
     packed: Packed | None = None
 
 
@@ -121,7 +131,18 @@ def describe(path: str | Path) -> Description:
     beside = [describe_adapter(file.parent) for file in sorted(where.glob(f"*/{ADAPTER_CONFIG}"))]
     packed = None if quantisation is None else describe_packed(config, quantisation)
     adapters = (*inside, *beside)
-    return Description(where, config, stored, tokenizer, renderer, fault, adapters, packed)
+    senses = _senses(where, config)
+    return Description(where, config, stored, tokenizer, renderer, fault, adapters, senses, packed)
+
+
+def _senses(folder: Path, config: DecoderConfig) -> tuple[Sense, ...]:
+    """Those that the model is born with, then those that were attached."""
+    born = [Sense(name, name in config.adapters, None) for name in config.senses]
+    attached = [
+        Sense(modality.name, modality.adapter is not None, saved_parameters(folder, modality.name))
+        for _, modality in saved_modalities(folder)
+    ]
+    return (*born, *attached)
 
 
 def describe_packed(config: DecoderConfig, quantisation: QuantConfig) -> Packed:
@@ -222,9 +243,7 @@ def _adapters_inside(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfi
         found = re.fullmatch(r".*?(\w+)\.lora_[AB]\.(\w+)\.weight", name)
         if found:
             parts.setdefault(found[2], []).append((found[1], shape))
-    alphas = {}
-    if isinstance(config, MultimodalConfig):
-        alphas = {name: shape.alpha for name, shape in config.adapters.items()}
+    alphas = {name: shape.alpha for name, shape in config.adapters.items()}
     return [
         Adapter(
             name=name,

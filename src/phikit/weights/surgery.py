@@ -9,6 +9,7 @@ its config and weights, `NAME-lora/` its adapter in PEFT's layout.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,6 +177,21 @@ def save_modalities(folder: Path, model: Decoder, *, dtype: torch.dtype | None =
                 save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
 
 
+def saved_modalities(folder: Path) -> list[tuple[int, ModalityConfig]]:
+    """The placeholder token and the config of what `save_modalities` has written, by token.
+
+    Errors are those of `load_modalities`.
+    """
+    saved = [_read_about(own / CONFIG) for own in folder.glob("*-modality")]
+    return sorted(saved, key=lambda entry: entry[0])
+
+
+def saved_parameters(folder: Path, name: str) -> int:
+    """How many numbers a saved modality has, without its adapter."""
+    with open_file(folder / _folder(name) / TENSORS) as source:
+        return sum(map(math.prod, source.shapes.values()))
+
+
 def load_modalities(folder: Path, model: Decoder) -> None:
     """Attach what `save_modalities` has written beside a model.
 
@@ -183,8 +199,8 @@ def load_modalities(folder: Path, model: Decoder) -> None:
         WeightsError: a file is missing or damaged, or does not fit the model.
         ConfigError: a modality is of a kind that nobody has registered.
     """
-    saved = [(_read_about(own / CONFIG), own) for own in folder.glob("*-modality")]
-    for (token, config), own in sorted(saved, key=lambda entry: entry[0][0]):
+    for token, config in saved_modalities(folder):
+        own = folder / _folder(config.name)
         made = config.build(model.config.d_model)
         state = {name: tensor.shape for name, tensor in made.state_dict().items()}
         with open_file(own / TENSORS) as source:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.modalities import MODALITIES, taught
 
 from phikit.cli.chat_web import _offered
 from phikit.generate import language_model
@@ -45,6 +46,16 @@ def adapter(base: Path, loaded: Loaded, here: Path) -> Path:
 
 def said(folder: Path) -> list[int]:
     return language_model.load(folder).generate(ASK, max_new_tokens=12, temperature=0).tokens
+
+
+def test_a_model_that_was_taught_takes_images_and_sounds(loaded: Loaded, here: Path):
+    save(here / "text", loaded)
+    taught(loaded.model, *MODALITIES[:2])
+    save(here / "taught", loaded)
+    for name, can in (("text", False), ("taught", True)):
+        _, [choice, *_] = _offered(str(here / name), None, {})
+        assert (choice.sees, choice.hears) == (can, can)
+        assert choice.adapters == (("vision", "speech") if can else ())
 
 
 def test_an_adapter_is_a_choice_beside_the_bare_model(base: Path, adapter: Path):

@@ -60,7 +60,9 @@ class House(NamedTuple):
 
 def at_hand(loaded: LanguageModel, size: int = 0) -> Source:
     """A model that is loaded already."""
-    return Source(lambda: loaded, lambda: size, {"config": loaded.config})
+    return Source(
+        lambda: loaded, lambda: size, {"config": loaded.config, "senses": (*loaded.model.senses,)}
+    )
 
 
 @contextmanager

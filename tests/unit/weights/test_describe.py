@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.modalities import MODALITIES, taught
 
 from phikit.base.errors import WeightsError
 from phikit.chat.render import renderer_for
@@ -102,3 +103,24 @@ def test_memory_of_phi_4_mini():
     assert memory.int8 == matrices * 34 // 32 + 2 * vectors
     assert memory.int4 == matrices * 18 // 32 + 2 * vectors
     assert cache_bytes_per_token(PHI_4_MINI) == 2 * 2 * 32 * 8 * 128
+
+
+def test_what_was_attached(tiny_model, tiny_multimodal, nano_tokenizer, tmp_path: Path):
+    renderer = renderer_for(nano_tokenizer, "phi4-mini")
+    model = taught(tiny_model(), *MODALITIES[:2])
+    save(tmp_path / "taught", Loaded(model, nano_tokenizer, renderer))
+    found = describe(tmp_path / "taught")
+    assert [(sense.name, sense.has_adapter) for sense in found.senses] == [
+        ("vision", True), ("speech", True)
+    ]  # fmt: skip
+    assert {each.name for each in found.adapters} == {"vision-lora", "speech-lora"}
+    for sense in found.senses:
+        state = model.senses[sense.name].state_dict()
+        assert sense.parameters == sum(tensor.numel() for tensor in state.values())
+    save(tmp_path / "born", Loaded(tiny_multimodal(), nano_tokenizer, renderer))
+    assert [sense.parameters for sense in describe(tmp_path / "born").senses] == [None, None]
+    assert {*tiny_multimodal().senses} == {*tiny_multimodal().config.senses}
+
+
+def test_a_text_model_perceives_nothing_else(folder: Path):
+    assert describe(folder).senses == ()

@@ -9,6 +9,7 @@ path inside its folder, or is given: to leave one speaker out, read the recordin
 - LibriSpeech: `SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`, a line `ID WORDS` for each `ID.flac`.
 - Common Voice: a `.tsv` with the columns `path`, `sentence` and `client_id`, sounds in `clips/`.
 - Free Spoken Digit Dataset: `{digit}_{speaker}_{take}.wav`.
+- Parquet and WebDataset: whole problems in one file or several (`parquet`, `shards`).
 """
 
 import csv
@@ -20,12 +21,15 @@ from typing import Any, Literal, NamedTuple
 from phikit.base.errors import DataError
 from phikit.base.media import SPEECH, VISION
 from phikit.data.media.generate import NUMERALS
+from phikit.data.media.parquet import read_parquet
 from phikit.data.media.problem import MediaProblem
+from phikit.data.media.rows import PROMPTS, Columns, inside
+from phikit.data.media.shards import read_shards
 from phikit.data.problem import Provenance, normalise
 from phikit.data.split import split_of
 
-Layout = Literal["llava", "librispeech", "common_voice", "spoken_digits"]
-DICTATION = "<|audio_1|>Write down what is said."
+Layout = Literal["llava", "librispeech", "common_voice", "spoken_digits", "parquet", "webdataset"]
+DICTATION = f"<|audio_1|>{PROMPTS[SPEECH]}"
 MAX_JSON_BYTES = 1 << 30
 
 
@@ -38,8 +42,13 @@ class Item(NamedTuple):
     speaker: str | None = None
 
 
-def read_layout(layout: Layout, path: Path) -> list[MediaProblem]:
+def read_layout(
+    layout: Layout, path: Path, *, columns: Columns | None = None
+) -> list[MediaProblem]:
     """The problems in a file or folder of this layout, in its order; none of the media is opened.
+
+    Args:
+        columns: of a Parquet file that others wrote.
 
     Raises:
         DataError: the file or folder is absent, holds nothing of the layout, or is malformed.
@@ -47,11 +56,17 @@ def read_layout(layout: Layout, path: Path) -> list[MediaProblem]:
     root = path if path.is_dir() else path.parent
     if not path.exists():
         raise DataError(f"there is no {path}", fix="give the path of the data")
-    items = list(_READERS[layout](path))
-    if not items:
-        raise DataError(f"{path} holds nothing in the layout {layout!r}", fix="check the layout")
     family = family_of(layout)
-    return [_problem(item, index, family, root) for index, item in enumerate(items)]
+    if layout == "parquet":
+        found = list(read_parquet(path, columns))
+    elif layout == "webdataset":
+        found = list(read_shards(path))
+    else:
+        items = _READERS[layout](path)
+        found = [_problem(item, index, family, root) for index, item in enumerate(items)]
+    if not found:
+        raise DataError(f"{path} holds nothing in the layout {layout!r}", fix="check the layout")
+    return found
 
 
 def family_of(layout: Layout) -> str:
@@ -98,7 +113,7 @@ def _llava(path: Path) -> Iterator[Item]:
         text = asked.replace("<image>", "").strip()
         if not isinstance(image, str):
             continue  # a conversation about text alone
-        yield Item(f"<|image_1|>{text}", said, {VISION: (_inside(path.parent, image),)})
+        yield Item(f"<|image_1|>{text}", said, {VISION: (inside(path.parent, image),)})
 
 
 def _turns(row: Any, place: str) -> tuple[str, str]:
@@ -132,7 +147,7 @@ def _common_voice(path: Path) -> Iterator[Item]:
             clip, words = row.get("path"), row.get("sentence")
             if not clip or not words:
                 raise DataError(f"{path}: a row without path and sentence: {row}")
-            sound = _inside(path.parent / "clips", clip)
+            sound = inside(path.parent / "clips", clip)
             yield Item(DICTATION, words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
 
 
@@ -142,15 +157,7 @@ def _spoken_digits(path: Path) -> Iterator[Item]:
         yield Item(DICTATION, NUMERALS[int(digit)], {SPEECH: (file,)}, speaker)
 
 
-def _inside(root: Path, name: str) -> Path:
-    """A file of the data set; a path that leads out of its folder is refused."""
-    file = (root / name).resolve()
-    if not file.is_relative_to(root.resolve()):
-        raise DataError(f"{name!r} leads out of {root}", fix="name files inside the folder")
-    return root / name
-
-
-_READERS: Mapping[Layout, Callable[[Path], Iterator[Item]]] = {
+_READERS: Mapping[str, Callable[[Path], Iterator[Item]]] = {
     "llava": _llava,
     "librispeech": _librispeech,
     "common_voice": _common_voice,

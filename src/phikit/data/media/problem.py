@@ -19,7 +19,17 @@ from phikit.chat.turns import Renderer
 from phikit.data.media.canvas import Mark
 from phikit.data.problem import Problem
 
-Source = NDArray[Any] | Path | bytes
+
+class Stored(NamedTuple):
+    """An item in a larger file, which is looked into when its problem is prepared."""
+
+    name: str
+    """What messages call it."""
+    load: Callable[[], NDArray[Any] | Path | bytes]
+    """Raises DataError or ChatError for what cannot be read."""
+
+
+Source = NDArray[Any] | Path | bytes | Stored
 """A picture as uint8 [H, W, 3], a sound as float32 samples at 16 kHz, or a file of either."""
 
 
@@ -103,7 +113,10 @@ def media_of(
             fix="attach it (weights.surgery.attach), or leave such problems out",
         )
     items = {
-        name: tuple(modalities[name](source) for source in sources)
+        name: tuple(
+            modalities[name](source.load() if isinstance(source, Stored) else source)
+            for source in sources
+        )
         for name, sources in problem.media.items()
     }
     return of_items(items) if any(items.values()) else None
@@ -124,6 +137,7 @@ def _name(problem: MediaProblem) -> str:
     """What to call a problem in messages: its files if it has any, else its number."""
     sources = [source for of in problem.media.values() for source in of]
     files = [str(source) for source in sources if isinstance(source, Path)]
+    files += [source.name for source in sources if isinstance(source, Stored)]
     where = problem.provenance
     return ", ".join(files) or f"{where.source}, item {where.index}"
 

@@ -1,0 +1,75 @@
+"""Parquet files of others, and those that are none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phikit.base.errors import DataError
+from phikit.data.media import parquet
+from phikit.data.media.layouts import read_layout
+from phikit.data.media.parquet import write_parquet
+from phikit.data.media.problem import MediaProblem, Stored
+from phikit.data.media.rows import Columns
+from phikit.data.problem import Provenance
+from phikit.data.source import MediaFileSource, load_problems
+from phikit.data.split import split_of
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def foreign(path: Path) -> Path:
+    rows = [
+        {"image": {"bytes": b"one", "path": "a.png"}, "caption": "A cat.", "n": 1},
+        {"image": {"bytes": None, "path": "b.png"}, "caption": "A dog.", "n": 2},
+        {"image": {"bytes": None, "path": "../b.png"}, "caption": "A cow.", "n": 3},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_columns_are_named(tmp_path: Path):
+    file = foreign(tmp_path / "x.parquet")
+    columns = Columns(answer="caption", media={"vision": "image"})
+    found = read_layout("parquet", file, columns=columns)
+    assert [p.answer for p in found] == ["A cat.", "A dog.", "A cow."]
+    assert found[0].question == "<|image_1|>Describe the picture."
+    items = [source for p in found for source in p.media["vision"] if isinstance(source, Stored)]
+    assert items[0].name == "x.parquet, row 0, image"
+    assert items[0].load() == b"one" and items[1].load() == tmp_path / "b.png"
+    with pytest.raises(DataError, match="leads out"):
+        items[2].load()
+    source = MediaFileSource(layout="parquet", path=str(tmp_path), columns=columns)
+    split = split_of(found[0].signature)
+    here = load_problems(source, split=split, seed=0)
+    assert [p.answer for p in here] == [p.answer for p in found if p.provenance.split == split]
+
+
+def test_mistakes_are_typed(tmp_path: Path):
+    file = foreign(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="does not say which columns"):
+        read_layout("parquet", file)
+    with pytest.raises(DataError, match="row 0: there is no column 'picture'"):
+        read_layout("parquet", file, columns=Columns(answer="caption", media={"vision": "picture"}))
+    with pytest.raises(DataError, match="row 0: no text in the column 'n'"):
+        read_layout("parquet", file, columns=Columns(answer="n", media={"vision": "image"}))
+    for data in (b"hello", b"", file.read_bytes()[:-20]):
+        (tmp_path / "y.parquet").write_bytes(data)
+        with pytest.raises(DataError, match="no Parquet file, or damaged"):
+            read_layout("parquet", tmp_path / "y.parquet")
+
+
+def test_a_large_row_group_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 10)
+    with pytest.raises(DataError, match="row group 0"):
+        read_layout("parquet", foreign(tmp_path / "x.parquet"))
+
+
+def test_an_array_of_no_format_is_refused(tmp_path: Path):
+    where = Provenance("album", "", "", "train", "test", "1", 0, 3)
+    media = {"smell": (np.zeros((2, 2)),)}
+    problem = MediaProblem("?", "a", None, "a", None, "s", where, media=media)
+    with pytest.raises(DataError, match="album, item 3: no file format"):
+        write_parquet([problem], tmp_path / "x.parquet")
+    assert not any(tmp_path.iterdir())
