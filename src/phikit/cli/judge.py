@@ -21,7 +21,7 @@ BY_RULES = "rules"
 
 File = Annotated[
     Path | None,
-    typer.Argument(metavar="[FILE.JSONL]", help='Rows of {"reference", "candidate"}.'),
+    typer.Argument(metavar="FILE.JSONL", help='Rows of {"reference", "candidate"}.'),
 ]
 By = Annotated[
     str,
