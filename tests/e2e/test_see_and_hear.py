@@ -27,6 +27,7 @@ SETTINGS = {
     "base.tokenizer_traces": EASY % 30,
     "base.model": SHAPE,
     "modalities.vision.encoder.d_model": 16,
+    "modalities.vision.encoder.stem": "[4, 4, 4]",
     "modalities.vision.encoder.d_mlp": 16,
     "modalities.vision.encoder.num_layers": 1,
     "modalities.vision.encoder.feature_layer": 1,
@@ -60,7 +61,6 @@ for stage, families in FAMILIES.items():
     SETTINGS[f"stages.{stage}.sft.examples_per_step"] = 4
     SETTINGS[f"stages.{stage}.sft.micro_examples"] = 4
     if stage in ("see", "hear"):
-        SETTINGS[f"stages.{stage}.reader"] = SHAPE
         SETTINGS[f"stages.{stage}.loop.epochs"] = 1
 TINY = tuple(part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}"))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phikit.chat.image import ImageCrops, choose_grid, fit, load_image
-from phikit.nn.vision import CROPS_PER_PASS, ImageEmbedder, VisionConfig, position_ids
+from phikit.nn.vision import PATCHES_PER_PASS, ImageEmbedder, VisionConfig, position_ids
 
 TINY = VisionConfig(
     d_model=16,
@@ -93,7 +93,7 @@ def test_the_embedder_gives_as_many_tokens_as_were_counted(embedder: ImageEmbedd
 def test_an_image_is_the_same_in_a_batch_as_alone(embedder: ImageEmbedder):
     """More crops than the tower takes at once, so that passes cut through an image too."""
     images = [tiny_crops(*size) for size in [(28, 28), (160, 120), (99, 11), (84, 83), (10, 140)]]
-    assert sum(len(image.pixels_MCHW) for image in images) > 2 * CROPS_PER_PASS
+    assert sum(len(image.pixels_MCHW) for image in images) > 2 * PATCHES_PER_PASS // PATCHES**2
     for image, embedded in zip(images, embedder(images), strict=True):
         torch.testing.assert_close(embedded, embedder([image])[0], atol=1e-6, rtol=0)
 

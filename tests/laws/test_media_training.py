@@ -13,6 +13,7 @@ from phikit.base.media import Media
 from phikit.base.types import Example
 from phikit.data.media.augment import SpecAugmentConfig
 from phikit.models.decoder import Decoder
+from phikit.models.senses import Hearing
 from phikit.recipes.media import copy_encoders
 from phikit.train.media import MediaSFTConfig, MediaSFTObjective
 from phikit.train.optim import OptimConfig
@@ -93,13 +94,14 @@ def test_an_encoder_moves_to_another_decoder(tiny_model: Callable[..., Decoder])
     for model, seed in ((source, 1), (target, 2)):
         for modality in MODALITIES[:2]:
             attach(model, modality, seed=seed)
-    heard = source.senses["speech"]
+    heard, moved = source.senses["speech"], target.senses["speech"]
+    assert isinstance(heard, Hearing) and isinstance(moved, Hearing)
     heard.measure_bands([clip(seed=1), clip(seed=2)])
     before = [p.clone() for p in parts(target, "speech").projector]
     copy_encoders(source, target, ["speech"])
     for a, b in zip(parts(source, "speech").encoder, parts(target, "speech").encoder, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(heard.bands.global_mean, target.senses["speech"].bands.global_mean)
+    assert torch.equal(heard.bands.global_mean, moved.bands.global_mean)
     for a, b in zip(before, parts(target, "speech").projector, strict=True):
         assert torch.equal(a, b)
     sights = (parts(model, "vision").encoder for model in (source, target))

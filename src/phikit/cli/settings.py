@@ -49,7 +49,7 @@ def complete_stage(typed: str) -> list[str]:
     name, dot, stage = typed.partition(".")
     if not dot:
         return [f"{found}." for found in complete_recipe(typed)]
-    stages = [each.name for each in recipe(name).stages]
+    stages = [each.name for each in recipe(name)[0].stages]
     return [f"{name}.{each}" for each in stages if each.startswith(stage)]
 
 

@@ -95,20 +95,21 @@ class Hearing(AudioEmbedder, Modality):
     ) -> list[Tensor]:
         weight = self.up_proj_for_speech.weight
         fresh = [clip for clip in clips if not isinstance(clip, HeardClip)]
-        listened = iter(self._listen(fresh) if fresh else ())
-        heard = [
+        heard = iter(self.listened(fresh) if fresh else ())
+        features = [
             torch.as_tensor(clip.features_SD).to(weight.device, weight.dtype)
             if isinstance(clip, HeardClip)
-            else next(listened)
+            else next(heard)
             for clip in clips
         ]
-        return self.tell(heard, mode=VISION if leader == VISION else SPEECH)
+        return self.tell(features, mode=VISION if leader == VISION else SPEECH)
 
     @torch.no_grad()
     def encoded(self, items: Sequence[AudioClip]) -> list[HeardClip]:
-        return [HeardClip(each.float().cpu().numpy()) for each in self._listen(items)]
+        return [HeardClip(each.float().cpu().numpy()) for each in self.listened(items)]
 
-    def _listen(self, clips: Sequence[AudioClip]) -> list[Tensor]:
+    def listened(self, clips: Sequence[AudioClip]) -> list[Tensor]:
+        """The encoder's part: one [tokens, D] a clip, of the encoder's width."""
         device = self.up_proj_for_speech.weight.device
         features = [torch.as_tensor(clip.features_TF) for clip in clips]
         lengths_B = torch.tensor([len(each) for each in features], device=device)
@@ -151,7 +152,9 @@ class VisionModality(ModalityConfig):
         made = Sight(self.encoder, d_model)
         tower = made.img_processor
         del tower.head, tower.post_layernorm, tower.encoder.layers[self.encoder.feature_layer :]
-        nn.init.normal_(made.img_processor.embeddings.position_embedding.weight, std=TABLE_STD)
+        nn.init.normal_(tower.embeddings.position_embedding.weight, std=TABLE_STD)
+        if self.encoder.stem:
+            _start_loud(tower.embeddings.patch_embedding)
         return made
 
     def prepare(self, source: Any) -> ImageCrops:
@@ -177,7 +180,9 @@ class SpeechModality(ModalityConfig):
     """Longer clips are refused."""
 
     def build(self, d_model: int) -> Hearing:
-        return Hearing(self.encoder, d_model)
+        made = Hearing(self.encoder, d_model)
+        _start_loud(made.encoder.embed)
+        return made
 
     def prepare(self, source: Any) -> AudioClip:
         """Of a path, the bytes of a file, or mono samples at 16 kHz as float32."""
@@ -201,6 +206,18 @@ class SpeechModality(ModalityConfig):
                 f"the samples are longer than {self.max_seconds:g} s", fix="give a shorter clip"
             )
         return audio_clip(samples, where="the samples")
+
+
+def _start_loud(convolutions: nn.Module) -> None:
+    """He et al.'s initialisation (2015, arXiv 1502.01852), which keeps the variance of a signal.
+
+    Under torch's own, what differs between moments falls to a hundredth on its way through three
+    convolutions, a seventh of what the biases add to every moment alike.
+    """
+    for module in convolutions.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
 
 
 def _picture(pixels_HWC: np.ndarray) -> Any:

@@ -27,6 +27,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.config import Config
+from phikit.nn.attention import whole_attention
 
 FRAMES_PER_TOKEN = 8
 """Three convolutions of stride 2."""
@@ -167,7 +168,7 @@ class Attention(nn.Module):
             project(x_BSD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y_BNSH = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BNSS)
+        y_BNSH = whole_attention(q, k, v, bias_BNSS)
         return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))
 
 

@@ -173,7 +173,10 @@ class _Estimator:
         return StageBudget(stage.name, steps, tokens._replace(kind="estimate"), Amount(0), memory)
 
     def _media(self, stage: MediaStage) -> StageBudget:
-        """As fine-tuning, on the model that the stage trains."""
+        """As fine-tuning, on the model that the stage trains.
+
+        An encoder by itself is counted as if the language model ran: an upper bound.
+        """
         trainer = self if stage.reader is None else self._of_reader(stage.reader)
         mean = _lengths(stage.source).example
         steps = _steps(stage, _num_problems(stage.source), 1 / stage.sft.examples_per_step)

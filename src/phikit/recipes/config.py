@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from phikit.base.config import Config
+from phikit.base.media import SPEECH, VISION
 from phikit.data.corpus import CorpusMixture
 from phikit.data.source import Source
 from phikit.models.dense import DenseConfig
@@ -13,6 +14,7 @@ from phikit.models.moe import MoEConfig
 from phikit.models.senses import SpeechModality, VisionModality
 from phikit.train.contrastive import ContrastiveConfig
 from phikit.train.dpo import DPOConfig
+from phikit.train.encoders import CTCConfig, MarksConfig
 from phikit.train.grpo import GRPOConfig
 from phikit.train.lm import LMConfig
 from phikit.train.loop import LoopConfig
@@ -134,10 +136,11 @@ class MediaStage(_Stage):
     """What is trained of each modality; all the rest of the model is frozen."""
     backbone: bool = False
     """Train the text model as well, which then is another one: the baseline of the recipe."""
+    alone: Annotated[MarksConfig | CTCConfig, Field(discriminator="kind")] | None = None
+    """Train the encoder by itself, without the language model: its initialisation."""
     reader: DenseConfig | None = None
     """Train on a small decoder of this shape, drawn anew, in place of the model, and keep the
-    encoders alone: their initialisation. Its vocabulary is that of the examples, whatever is set
-    here."""
+    encoders alone. Its vocabulary is that of the examples, whatever is set here."""
     sft: MediaSFTConfig
     contrastive: ContrastiveConfig | None = None
     """Draw items and replies together in place of fine-tuning; needs a reader."""
@@ -149,6 +152,20 @@ class MediaStage(_Stage):
         if self.contrastive is not None and self.reader is None:
             raise ValueError("contrastive: pairs train encoders, so give the stage a reader")
         return self
+
+    @model_validator(mode="after")
+    def _one_encoder_alone(self) -> Self:
+        if self.alone is None:
+            return self
+        name = VISION if self.alone.kind == "marks" else SPEECH
+        if self.learns != {name: ("encoder",)} or self.reader is not None or self.backbone:
+            raise ValueError(f'alone: {self.alone.kind} trains {{"{name}": ["encoder"]}} only')
+        return self
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it gives encoders their first weights, beside the language model."""
+        return self.alone is not None or self.reader is not None
 
 
 Stage = Annotated[

@@ -1,14 +1,12 @@
 """A media stage: from problems with pictures and speech to the objective that teaches a model.
 
-The first such stage of a pipeline attaches the modalities. A stage with a reader is the encoders'
-initialisation: they learn with a decoder of a few million weights, which costs a hundredth of what
-learning through the language model does, and the reader is thrown away. Phi-4-multimodal starts in
-the same way, from a SigLIP tower and from the encoder of a recogniser with an attention decoder
-(arXiv 2503.01743, section 2.2).
+The first such stage of a pipeline attaches the modalities. Encoders may start by themselves
+(`train.encoders`) or with a reader, a decoder of a few million weights that is thrown away; either
+costs a hundredth of what learning through the language model does.
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Self
 
@@ -20,6 +18,7 @@ from phikit.base.errors import ConfigError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.media import SPEECH, VISION, of_items
 from phikit.base.types import Example
+from phikit.data.media.marks import mark_classes, marked
 from phikit.data.media.problem import MediaProblem, prepare
 from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig
@@ -28,6 +27,7 @@ from phikit.models.senses import Hearing
 from phikit.recipes.config import MediaStage
 from phikit.recipes.context import Prepared, StageContext, stage_seed
 from phikit.train.contrastive import ContrastiveObjective, pair_of
+from phikit.train.encoders import CTCObjective, MarksConfig, MarksObjective, reply_units
 from phikit.train.media import MediaSFTObjective
 from phikit.weights.surgery import attach, parts, train_only
 
@@ -48,7 +48,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     for modality in context.modalities:
         if modality.name not in model.senses:
             attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
-    examples, faults = prepare(
+    read = prepare(
         [problem for problem in context.problems if isinstance(problem, MediaProblem)],
         context.loaded.renderer,
         modalities={name: sense.config.prepare for name, sense in model.senses.items()},
@@ -56,9 +56,9 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         on_fault=stage.on_fault,
     )
     with storage_errors(context.folder):
-        listed = {"read": len(examples), "faults": [fault._asdict() for fault in faults]}
+        listed = {"read": len(read.examples), "faults": [f._asdict() for f in read.faults]}
         write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
-    examples = [_compact(example) for example in examples]
+    examples = [_compact(example) for example in read.examples]
     taught = model
     if stage.reader is not None:
         taught, examples = _reader(stage.reader, stage, context, examples)
@@ -69,9 +69,11 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         learning += _thaw_text(taught)
     if not learning:
         raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
+    seed = stage_seed(context.seed, stage.name, "order")
+    if stage.alone is not None:
+        return _alone(stage, model, examples, read.problems, seed)
     if stage.reader is None:
         examples = [_encoded(example, taught, stage) for example in examples]
-    seed = stage_seed(context.seed, stage.name, "order")
     objective = _objective(stage, taught, examples, seed)
 
     def finish() -> None:
@@ -79,6 +81,47 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
             copy_encoders(taught, model, stage.learns)
 
     return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), taught, finish)
+
+
+def _alone(
+    stage: MediaStage,
+    model: Decoder,
+    examples: list[Example],
+    problems: Sequence[MediaProblem],
+    seed: int,
+) -> Prepared:
+    """An encoder by itself, in float32 whatever the model's type: it is small, and starts anew."""
+    [name] = stage.learns
+    model.senses[name].float()
+    if isinstance(stage.alone, MarksConfig):
+        classes = mark_classes(marks for problem in problems for marks in problem.marks)
+        named = zip(examples, problems, strict=True)
+        examples = [_marked(example, problem, classes) for example, problem in named]
+        count = len(classes) + 1
+        objective = MarksObjective(
+            model, examples, stage.sft, stage.alone, classes=count, seed=seed
+        )
+    else:
+        units = reply_units(examples)
+        objective = CTCObjective(model, examples, stage.sft, units=units, seed=seed)
+
+    def finish() -> None:
+        del model.namer
+        model.senses[name].to(model.dtype)
+
+    return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), None, finish)
+
+
+def _marked(example: Example, problem: MediaProblem, classes: Mapping[str, int]) -> Example:
+    if example.media is None:
+        return example
+    pictures = zip(example.media.images, problem.media[VISION], problem.marks, strict=True)
+    images = tuple(
+        marked(image, marks, size=(source.shape[1], source.shape[0]), classes=classes)
+        for image, source, marks in pictures
+        if isinstance(source, np.ndarray)
+    )
+    return replace(example, media=of_items({**example.media.items, VISION: images}))
 
 
 def _objective(
@@ -118,9 +161,10 @@ def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> N
     """Give the encoders of `target` the weights and the statistics of those of `source`."""
     with torch.no_grad():
         for name in names:
-            ours, theirs = parts(target, name).encoder, parts(source, name).encoder
-            ours += target.senses[name].buffers()
-            theirs += source.senses[name].buffers()
+            ours, theirs = (
+                [*parts(model, name).encoder, *model.senses[name].buffers()]
+                for model in (target, source)
+            )
             for to, of in zip(ours, theirs, strict=True):
                 to.copy_(of)
 

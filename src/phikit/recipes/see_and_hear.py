@@ -10,7 +10,6 @@ from phikit.base.errors import ConfigError
 from phikit.data.media.augment import SpecAugmentConfig
 from phikit.data.source import MediaFileSource, MediaSource
 from phikit.models.catalogue import SMOLLM2_135M
-from phikit.models.dense import DenseConfig
 from phikit.models.modality import AdapterConfig
 from phikit.models.senses import SpeechModality, VisionModality
 from phikit.nn.speech import SpeechConfig
@@ -25,6 +24,7 @@ from phikit.recipes.config import (
     SenseConfig,
 )
 from phikit.recipes.nano_reasoner import nano_reasoner, pretrain
+from phikit.train.encoders import CTCConfig, MarksConfig
 from phikit.train.loop import LoopConfig
 from phikit.train.media import MediaSFTConfig
 from phikit.train.optim import OptimConfig
@@ -34,36 +34,26 @@ Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
 PICTURES = {"digit": 3_000, "text": 6_000, "chart": 3_000, "shapes": 3_000}
 SOUNDS = {"spoken_digits": 4_000, "command": 3_000}
-READER = DenseConfig(
-    vocab_size=1,
-    d_model=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
-    d_mlp=384,
-    max_context=1024,
-)
-"""The small decoder with which encoders are initialised."""
 
 
 def vision() -> VisionModality:
-    """Crops of 56 pixels, so that a word takes two or three and a digit one; 0.8 M parameters."""
+    """Crops of 48 pixels and patches of 8, so that a patch holds about a letter; 0.9 M weights."""
     encoder = VisionConfig(
         d_model=128,
         d_mlp=384,
         num_layers=4,
         num_heads=4,
-        patch_size=14,
-        crop_size=56,
-        positions_per_side=4,
+        patch_size=8,
+        crop_size=48,
+        positions_per_side=6,
         feature_layer=4,
+        stem=(24, 48, 96),
     )
-    return VisionModality(encoder=encoder, max_crops=9, adapter=AdapterConfig(rank=16, alpha=32))
+    return VisionModality(encoder=encoder, max_crops=12, adapter=AdapterConfig(rank=16, alpha=32))
 
 
 def speech() -> SpeechModality:
-    """Four Conformer blocks; 1.4 M parameters."""
+    """Four Conformer blocks; 1.4 M weights."""
     encoder = SpeechConfig(
         d_model=128, num_layers=4, num_heads=4, d_mlp=256, subsampling_channels=32
     )
@@ -78,7 +68,7 @@ def stage(
     rate: float,
     epochs: float = 1.0,
     muon: float | None = None,
-    reader: DenseConfig | None = None,
+    alone: MarksConfig | CTCConfig | None = None,
     masked: bool = False,
 ) -> MediaStage:
     """One stage of this line; the rate falls over the last half of its steps."""
@@ -86,10 +76,10 @@ def stage(
         name=name,
         source=MediaSource(families=families),
         learns=learns,
-        reader=reader,
+        alone=alone,
         sft=MediaSFTConfig(
-            examples_per_step=16 if reader is None else 32,
-            micro_examples=16 if reader is None else 32,
+            examples_per_step=16 if alone is None else 32,
+            micro_examples=16 if alone is None else 32,
             spec_augment=SpecAugmentConfig() if masked else None,
         ),
         loop=LoopConfig(
@@ -100,12 +90,12 @@ def stage(
 
 
 def encoders() -> tuple[MediaStage, ...]:
-    """The encoders' initialisation, with a small reader that is thrown away."""
+    """The encoders' initialisation, without the language model."""
     return (
-        stage("see", PICTURES, {"vision": ("encoder", "projector")}, rate=2e-3, muon=0.02,
-              epochs=2, reader=READER),
-        stage("hear", SOUNDS, {"speech": ("encoder", "projector")}, rate=2e-3, muon=0.02,
-              epochs=3, reader=READER, masked=True),
+        stage("see", PICTURES, {"vision": ("encoder",)}, rate=2e-3, muon=0.02, epochs=2,
+              alone=MarksConfig()),
+        stage("hear", SOUNDS, {"speech": ("encoder",)}, rate=2e-3, muon=0.02, epochs=3,
+              alone=CTCConfig(), masked=True),
     )  # fmt: skip
 
 

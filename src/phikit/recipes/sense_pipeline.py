@@ -144,8 +144,8 @@ class SensePipeline(Pipeline):
         return next((each.stage for each in self.folders if each.path == folder), None)
 
     def _families_of(self, stage: MediaStage, problems: Sequence[Problem]) -> list[Problem]:
-        """Those held-out problems that a stage is scored on; none after a reader's."""
-        if stage.reader is not None:
+        """Those held-out problems that a stage is scored on; none after an encoder's start."""
+        if stage.is_start:
             return []
         if stage is self.config.stages[-1]:
             return list(problems)

@@ -4,11 +4,12 @@ import pytest
 
 from phikit.base.errors import ConfigError
 from phikit.cli.settings import recipe
-from phikit.recipes.config import MediaStage, NewBase
+from phikit.recipes.config import MediaStage, NewBase, PipelineConfig
 from phikit.recipes.see_and_hear import see_and_hear
+from phikit.weights.surgery import Part
 
 
-def learning(config) -> dict[str, dict[str, tuple[str, ...]]]:
+def learning(config: PipelineConfig) -> dict[str, dict[str, tuple[Part, ...]]]:
     return {stage.name: stage.learns for stage in config.stages if isinstance(stage, MediaStage)}
 
 

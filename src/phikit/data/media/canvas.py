@@ -1,7 +1,8 @@
 """Drawing with Pillow, as a pure function of a random stream: words, charts, tables, shapes.
 
 Pictures are uint8 [H, W, 3]. What varies from picture to picture is what must not matter: font,
-size, place, colours, a little noise.
+size, place, colours, a little noise. With each comes what is where in it (`Mark`), down to single
+letters, since what was drawn is known.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,23 @@ PALETTES: dict[str, tuple[Colour, ...]] = {
 """Colours of bars and lines, by name; they carry no meaning, so a palette is a style."""
 
 
+class Mark(NamedTuple):
+    """Something in a picture: what it is, and its box in pixels from the top left corner."""
+
+    name: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Drawn(NamedTuple):
+    """A picture and what is in it; of marks that overlap the later one lies on top."""
+
+    picture: Picture
+    marks: tuple[Mark, ...]
+
+
 class Style(NamedTuple):
     """How one picture looks."""
 
@@ -59,7 +77,7 @@ def draw_style(random: np.random.Generator, split: Split) -> Style:
     return Style(family, file, palette, ink, paper)
 
 
-def words(text: str, style: Style, random: np.random.Generator, *, pixels: int = 24) -> Picture:
+def words(text: str, style: Style, random: np.random.Generator, *, pixels: int = 24) -> Drawn:
     """One line of text with a margin of its own on each side."""
     made = fonts.font(style.file, pixels)
     left, top, right, bottom = made.getbbox(text)
@@ -67,31 +85,32 @@ def words(text: str, style: Style, random: np.random.Generator, *, pixels: int =
     width = round(right - left + margins[0] + margins[1])
     size = (width, round(bottom - top + margins[2] + margins[3]))
     image, draw = _blank(size, style.paper)
-    draw.text((margins[0] - left, margins[2] - top), text, font=made, fill=style.ink)
-    return noisy(image, random)
+    marks = _write(draw, (margins[0] - left, margins[2] - top), text, made, style.ink)
+    return Drawn(noisy(image, random), tuple(marks))
 
 
 def bars(
     labels: Sequence[str], values: Sequence[int], style: Style, random: np.random.Generator
-) -> Picture:
+) -> Drawn:
     """A bar chart with a label under each bar and its value above it."""
-    width, height, pixels = 34, 90, int(random.integers(12, 15))
+    width, height, pixels = 26, 64, int(random.integers(12, 15))
     made = fonts.font(style.file, pixels)
-    image, draw = _blank((width * len(values) + 16, height + 40), style.paper)
+    image, draw = _blank((width * len(values) + 12, height + 40), style.paper)
     base, top = height + 18, max(values)
-    draw.line([(6, base), (width * len(values) + 10, base)], fill=style.ink)
+    draw.line([(4, base), (width * len(values) + 8, base)], fill=style.ink)
     colours = PALETTES[style.palette]
     first = int(random.integers(len(colours)))
+    marks: list[Mark] = []
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
-        x, y = 12 + width * i, base - round(height * value / (top * 1.1))
-        draw.rectangle([x, y, x + width - 12, base], fill=colours[(first + i) % len(colours)])
-        middle = x + (width - 12) / 2
-        draw.text((middle, y - 1), str(value), font=made, fill=style.ink, anchor="mb")
-        draw.text((middle, base + 2), label, font=made, fill=style.ink, anchor="mt")
-    return noisy(image, random)
+        x, y = 10 + width * i, base - round(height * value / (top * 1.1))
+        draw.rectangle([x, y, x + width - 10, base], fill=colours[(first + i) % len(colours)])
+        middle = x + (width - 10) / 2
+        marks += _write(draw, (middle, y - 1), str(value), made, style.ink, anchor="mb")
+        marks += _write(draw, (middle, base + 2), label, made, style.ink, anchor="mt")
+    return Drawn(noisy(image, random), tuple(marks))
 
 
-def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generator) -> Picture:
+def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generator) -> Drawn:
     """Cells in ruled lines; the first row is the head."""
     pixels = int(random.integers(13, 17))
     made = fonts.font(style.file, pixels)
@@ -99,15 +118,16 @@ def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generat
     height = pixels + 9
     edges = np.cumsum([4, *widths])
     image, draw = _blank((round(edges[-1]) + 5, height * len(rows) + 9), style.paper)
+    marks: list[Mark] = []
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
-            x, y = (edges[c] + edges[c + 1]) / 2, 4 + height * (r + 0.5)
-            draw.text((x, y), cell, font=made, fill=style.ink, anchor="mm")
+            middle = ((edges[c] + edges[c + 1]) / 2, 4 + height * (r + 0.5))
+            marks += _write(draw, middle, cell, made, style.ink, anchor="mm")
     for r in range(len(rows) + 1):
         draw.line([(4, 4 + height * r), (round(edges[-1]), 4 + height * r)], fill=style.ink)
     for edge in edges:
         draw.line([(round(edge), 4), (round(edge), 4 + height * len(rows))], fill=style.ink)
-    return noisy(image, random)
+    return Drawn(noisy(image, random), tuple(marks))
 
 
 SHAPES = ("circle", "square", "triangle")
@@ -128,9 +148,10 @@ class Shape(NamedTuple):
 
 def shapes(
     things: Sequence[Shape], random: np.random.Generator, *, cell: int = 32, grid: int = 3
-) -> Picture:
+) -> Drawn:
     """Shapes in a grid of cells, each of its own size within its cell."""
     image, draw = _blank((grid * cell, grid * cell), _colour(random, 225, 256))
+    marks: list[Mark] = []
     for thing in things:
         radius = cell * random.uniform(0.28, 0.42)
         shift = random.uniform(-0.06, 0.06, size=2) * cell
@@ -145,7 +166,24 @@ def shapes(
             draw.rectangle(box, fill=fill)
         else:
             draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=fill)
-    return noisy(image, random)
+        marks.append(Mark(f"{thing.colour} {thing.form}", *box))
+    return Drawn(noisy(image, random), tuple(marks))
+
+
+def _write(
+    draw: Any, at: tuple[float, float], text: str, made: Any, ink: Colour, *, anchor: str = "la"
+) -> list[Mark]:
+    """Draw a line of text; a mark for each letter, as wide as it is set and as high as the line."""
+    draw.text(at, text, font=made, fill=ink, anchor=anchor)
+    left, top, right, bottom = made.getbbox(text, anchor=anchor)
+    # A box begins at the first ink, which may lie a little off the pen: spread the letters over it.
+    stretch = (right - left) / max(made.getlength(text), 1e-6)
+    ends = [at[0] + left + stretch * made.getlength(text[:k]) for k in range(len(text) + 1)]
+    return [
+        Mark(letter, ends[k], at[1] + top, ends[k + 1], at[1] + bottom)
+        for k, letter in enumerate(text)
+        if letter != " "
+    ]
 
 
 def noisy(image: object, random: np.random.Generator) -> Picture:

@@ -18,12 +18,13 @@ from phikit.base.errors import ConfigError, MissingExtraError
 from phikit.base.media import SPEECH, VISION
 from phikit.data.media import canvas
 from phikit.data.media.augment import SPEEDS, at_speed, with_noise
+from phikit.data.media.canvas import Mark
 from phikit.data.media.problem import MediaProblem, Source
 from phikit.data.media.speak import draw_voice, speak
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
-VERSION = "1"
+VERSION = "2"
 MOST_TRIES = 10_000
 """Drafts of one problem until one is of the split."""
 
@@ -44,6 +45,14 @@ class Rendered(NamedTuple):
 
     media: Mapping[str, tuple[Source, ...]]
     styles: tuple[str, ...]
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    """Of each picture."""
+
+
+def _seen(*drawn: canvas.Drawn, styles: tuple[str, ...] = ()) -> Rendered:
+    """Pictures alone."""
+    pictures = tuple(each.picture for each in drawn)
+    return Rendered({VISION: pictures}, styles, tuple(each.marks for each in drawn))
 
 
 # fmt: off
@@ -76,8 +85,8 @@ def draft_text(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        picture = canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
-        return Rendered({VISION: (picture,)}, style.names[:1])
+        drawn = canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
+        return _seen(drawn, styles=style.names[:1])
 
     return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
 
@@ -94,7 +103,7 @@ def draft_chart(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        return Rendered({VISION: (canvas.bars(labels, values, style, random),)}, style.names)
+        return _seen(canvas.bars(labels, values, style, random), styles=style.names)
 
     signature = f"chart {list(zip(labels, values, strict=True))}"
     return Draft(f"<|image_1|>{asked}", answer, signature, render)
@@ -110,7 +119,7 @@ def draft_table(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
         lines = [["", *columns], *([row, *of] for row, of in zip(rows, cells, strict=True))]
-        return Rendered({VISION: (canvas.table(lines, style, random),)}, style.names[:1])
+        return _seen(canvas.table(lines, style, random), styles=style.names[:1])
 
     question = f"<|image_1|>What is {columns[c]} of {rows[r]}?"
     return Draft(question, cells[r][c], f"table {columns} {rows} {cells}", render)
@@ -149,7 +158,7 @@ def draft_shapes(random: np.random.Generator) -> Draft:
     question, answer = about_scene(random, things)
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
-        return Rendered({VISION: (canvas.shapes(things, random),)}, ())
+        return _seen(canvas.shapes(things, random))
 
     return Draft(f"<|image_1|>{question}", answer, signature, render)
 
@@ -161,11 +170,11 @@ def draft_pages(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         styles = [canvas.draw_style(random, split) for _ in texts]
-        pictures = tuple(
+        drawn = [
             canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
             for text, style in zip(texts, styles, strict=True)
-        )
-        return Rendered({VISION: pictures}, tuple(style.names[0] for style in styles))
+        ]
+        return _seen(*drawn, styles=tuple(style.names[0] for style in styles))
 
     which = ("first", "second")[place]
     asked = f"<|image_1|><|image_2|>What does the {which} one say?"
@@ -180,7 +189,8 @@ def draft_digit(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         light = pictures[number].repeat(4, axis=0).repeat(4, axis=1)
         picture = canvas.noisy(np.stack([255 - light] * 3, axis=-1), random)
-        return Rendered({VISION: (picture,)}, ())
+        whole = canvas.Mark(f"handwritten {digits[number]}", 0, 0, *picture.shape[1::-1])
+        return _seen(canvas.Drawn(picture, (whole,)))
 
     question = "<|image_1|>Which digit is this?"
     return Draft(question, str(digits[number]), f"digit {number}", render)
@@ -218,8 +228,8 @@ def draft_spoken_scene(random: np.random.Generator) -> Draft:
     asked, answer = about_scene(random, things)
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
-        heard = spoken(asked, random, split)
-        return heard._replace(media={VISION: (canvas.shapes(things, random),), **heard.media})
+        heard, seen = spoken(asked, random, split), _seen(canvas.shapes(things, random))
+        return seen._replace(media={**seen.media, **heard.media}, styles=heard.styles)
 
     return Draft("<|image_1|><|audio_1|>Answer the question.", answer, signature, render)
 
@@ -304,6 +314,7 @@ def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
         ),
         media=rendered.media,
         styles=rendered.styles,
+        marks=rendered.marks,
     )
 
 

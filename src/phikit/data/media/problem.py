@@ -16,6 +16,7 @@ from phikit.base.errors import DataError, PhikitError
 from phikit.base.media import Media, MediaItem, of_items, word_of
 from phikit.base.types import Example
 from phikit.chat.turns import Renderer
+from phikit.data.media.canvas import Mark
 from phikit.data.problem import Problem
 
 Source = NDArray[Any] | Path | bytes
@@ -30,6 +31,8 @@ class MediaProblem(Problem):
     """By the name of the modality, in order of appearance."""
     styles: tuple[str, ...] = ()
     """The fonts, voices and palettes it was made with."""
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    """What is where in each picture, of pictures that were drawn."""
 
 
 class Fault(NamedTuple):
@@ -44,6 +47,8 @@ class Prepared(NamedTuple):
 
     examples: list[Example]
     faults: list[Fault]
+    problems: list[MediaProblem]
+    """Those that the examples came from."""
 
 
 def prepare(
@@ -68,10 +73,12 @@ def prepare(
     """
     examples: list[Example] = []
     faults: list[Fault] = []
+    read: list[MediaProblem] = []
     for problem in problems:
         name = _name(problem)
         try:
             examples.append(_example(problem, renderer, modalities, ids))
+            read.append(problem)
         except PhikitError as error:
             if on_fault == "stop":
                 raise DataError(
@@ -79,7 +86,7 @@ def prepare(
                     fix=error.fix or 'repair the item, or skip such items (on_fault="skip")',
                 ) from error
             faults.append(Fault(name, error.what))
-    return Prepared(examples, faults)
+    return Prepared(examples, faults, read)
 
 
 def media_of(

@@ -90,7 +90,7 @@ def test_counts_are_those_of_the_picture():
         canvas.Shape("circle", "blue", 1, 1),
         canvas.Shape("triangle", "red", 2, 2),
     ]
-    picture = canvas.shapes(things, random).astype(int)
+    picture = canvas.shapes(things, random).picture.astype(int)
     red = (picture[..., 0] > 150) & (picture[..., 1] < 100)
     blue = (picture[..., 2] > 150) & (picture[..., 0] < 100)
     cells = lambda mask: mask.reshape(3, 32, 3, 32).any((1, 3)).tolist()  # noqa: E731
