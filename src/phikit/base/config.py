@@ -9,7 +9,9 @@ import difflib
 import hashlib
 import json
 import reprlib
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,6 +56,29 @@ class Config(BaseModel):
             lines = "".join(f"\n  {fault}" for fault in faults)
             raise ConfigError(f"{cls.__name__} has {count}:{lines}", fix="correct these settings")
         return config
+
+    @classmethod
+    def read(cls, path: Path, *, fix: str) -> Self:
+        """The config in a `.toml` or `.json` file.
+
+        Args:
+            fix: where to read what such a file holds, for the error about one that holds nothing.
+
+        Raises:
+            ConfigError: the file cannot be read, or its settings cannot be used.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {path}: {error.strerror}", fix="check the path"
+            ) from error
+        except (ValueError, RecursionError) as error:  # of TOML, of JSON, of UTF-8
+            raise ConfigError(f"{path} is neither TOML nor JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds no settings", fix=fix)
+        return cls.resolve(data)
 
     def override(self, assignments: Sequence[str]) -> Self:
         """A copy with `a.b=value` assignments applied and everything validated again."""

@@ -21,6 +21,7 @@ from phikit.cli.evaluate import evaluate
 from phikit.cli.export import export
 from phikit.cli.generate import generate
 from phikit.cli.history import history
+from phikit.cli.judge import judge
 from phikit.cli.look import diff, recipes, report
 from phikit.cli.manage import ls, ps, rm
 from phikit.cli.merge import merge
@@ -48,6 +49,7 @@ VERBS = {
     "generate": Verb(generate, 'phikit generate smollm2 "The capital of France is"'),
     "serve": Verb(serve, "phikit serve smollm2"),
     "eval": Verb(evaluate, "phikit eval runs/nano_reasoner --task procedural --samples 4"),
+    "judge": Verb(judge, "phikit judge --planted 200 --by judge.toml"),
     "pull": Verb(pull, "phikit pull microsoft/Phi-4-mini-instruct"),
     "ls": Verb(ls, "phikit ls"),
     "rm": Verb(rm, "phikit rm microsoft/Phi-4-mini-instruct"),

@@ -8,24 +8,19 @@ what "the same problem" means when splits are kept apart.
 
 from __future__ import annotations
 
-import json
-import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from phikit.base.errors import DataError
 from phikit.chat.message import Message
+from phikit.data.rows import read_rows
 from phikit.data.split import Split, content_hash, split_of
 
-MAX_LINE_BYTES = 1 << 20
 REQUIRED_KEYS = ("question", "answer")
 OPTIONAL_KEYS = ("thinking", "solution")
-UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +86,8 @@ def read_problems(
     """
     path = Path(path)
     problems = []
-    for number, line in _lines(path):
-        place = f"{path}:{number}"
-        row = _parse_row(line, place)
-        question, answer, thinking, solution = (
-            _text(row, key, place) for key in (*REQUIRED_KEYS, *OPTIONAL_KEYS)
-        )
-        assert question is not None and answer is not None
+    for number, row in read_rows(path, required=REQUIRED_KEYS, optional=OPTIONAL_KEYS):
+        question, answer = row["question"], row["answer"]
         signature = normalise(question)
         provenance = Provenance(
             source=path.name,
@@ -109,7 +99,8 @@ def read_problems(
             seed=0,
             index=number,
         )
-        problems.append(Problem(question, answer, thinking, solution, None, signature, provenance))
+        working = (row.get("thinking"), row.get("solution"), None)
+        problems.append(Problem(question, answer, *working, signature, provenance))
     if not problems:
         raise DataError(
             f"{path}: no problems in the file",
@@ -130,78 +121,3 @@ def assert_disjoint(**sets: Iterable[Problem]) -> None:
                 f"for example {example[:120]!r}",
                 fix="draw both by split, or remove the shared problems from the training side",
             )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The non-blank lines with their numbers, each bounded before it is held in memory whole."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path}:{number}: line longer than {MAX_LINE_BYTES} bytes",
-                        fix="is this JSONL? one problem must stand on one line",
-                    )
-                if number == 1:
-                    raw = raw.removeprefix(UTF8_BOM)
-                line = _decode(raw, f"{path}:{number}")
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}", fix="check the path") from error
-
-
-def _decode(raw: bytes, place: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: not UTF-8 at byte {error.start} of the line ({error.reason})",
-            fix="convert the file to UTF-8, for example with iconv -t UTF-8",
-        ) from error
-
-
-def _parse_row(line: str, place: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: not JSON: {error}", fix="write one JSON object on each line"
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{place}: expected a JSON object, found {type(row).__name__}",
-            fix='write {"question": "...", "answer": "..."}',
-        )
-    known = (*REQUIRED_KEYS, *OPTIONAL_KEYS)
-    for key in row.keys() - set(known):
-        absent = [name for name in known if name not in row]
-        if near := get_close_matches(key, absent, n=1, cutoff=0.8):
-            raise DataError(f"{place}: unknown key {key!r}", fix=f"did you mean {near[0]!r}?")
-    return row
-
-
-def _text(row: Mapping[str, Any], key: str, place: str) -> str | None:
-    """The field as stripped text; numbers are accepted, since answers are often written bare."""
-    value = row.get(key)
-    if value is None and key in OPTIONAL_KEYS:
-        return None
-    if value is None:
-        found = ", ".join(sorted(row)) or "none"
-        raise DataError(f"{place}: no {key!r} (keys found: {found})", fix=f"add {key!r} to the row")
-    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{place}: {key!r} is {type(value).__name__}, not text", fix="write it as a string"
-        )
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(
-            f"{place}: {key!r} holds half of a surrogate pair, which is no character",
-            fix="repair the \\u escapes of this row",
-        )
-    if not value.strip():
-        raise DataError(f"{place}: {key!r} is empty", fix="fill it in or delete the row")
-    return value.strip()

@@ -5,7 +5,7 @@ not tried. Beside it stand two lines that need no model: random routing, which i
 between the two accuracies, and the oracle, which sends exactly what the cloud alone gets right.
 
 The share of the gap that is kept, (routed - local) / (cloud - local), is a ratio of two noisy
-numbers; its interval is a bootstrap over problems (Efron & Tibshirani, 1993, chapter 13).
+numbers; its interval is a bootstrap over problems.
 """
 
 import math
@@ -14,15 +14,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phikit.data.problem import Problem
 from phikit.evals.scorer import Scorer
-from phikit.evals.stats import Estimate, Interval, mean_stderr
+from phikit.evals.stats import Estimate, Interval, bootstrap, mean_stderr
 from phikit.generate.chat import ChatReply
 from phikit.solve.confidence import AnswerOf, Opinion
 from phikit.solve.solver import Reply
-
-RESAMPLES = 2000
 
 
 class Case(NamedTuple):
@@ -101,15 +100,18 @@ def threshold_for(judged: Sequence[Case], *, share: float) -> float:
 
 
 def kept_interval(judged: Sequence[Case], threshold: float, *, seed: int = 0) -> Interval:
-    """The 95 % interval of the share of the gap that a threshold keeps."""
-    table = np.array([(c.local, c.cloud, c.confidence < threshold) for c in judged], float)
-    rows = np.random.default_rng(seed).integers(len(judged), size=(RESAMPLES, len(judged)))
-    local, cloud, sent = table[rows].transpose(2, 0, 1)
-    gap = (cloud - local).mean(1)
-    gained = (sent * (cloud - local)).mean(1)
-    kept = gained[gap != 0] / gap[gap != 0]
-    low, high = np.quantile(kept, (0.025, 0.975))
-    return Interval(float(low), float(high))
+    """The 95 % interval of the share of the gap that a threshold keeps.
+
+    Raises DataError where there is no gap.
+    """
+
+    def kept(drawn: NDArray[np.float64]) -> float:
+        local, cloud, sent = drawn.T
+        gap = (cloud - local).mean()
+        return (sent * (cloud - local)).mean() / gap if gap else math.nan
+
+    rows = [(c.local, c.cloud, c.confidence < threshold) for c in judged]
+    return bootstrap(rows, kept, seed=seed)
 
 
 def oracle(judged: Sequence[Case]) -> tuple[float, float]:

@@ -9,19 +9,25 @@ Intervals use the normal quantile 1.96, which is a little narrow below about 30 
 
 Sources: Miller, "Adding Error Bars to Evals" (arXiv 2411.00640), sections 2 and 4; Chen et al.,
 "Evaluating Large Language Models Trained on Code" (arXiv 2107.03374), section 2.1; Wilson (1927);
-McNemar (1947); Wang et al., "Self-Consistency" (arXiv 2203.11171).
+McNemar (1947); Efron & Tibshirani (1993), chapter 13; Wang et al., "Self-Consistency" (arXiv
+2203.11171).
 """
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from phikit.base.errors import DataError
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
+RESAMPLES = 2000
+"""Of a bootstrap."""
 
 Outcomes = Sequence[Sequence[float]]
 
@@ -108,6 +114,35 @@ def wilson(successes: int, n: int, *, z: float = Z95) -> Interval:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Interval(low, high)
+
+
+def bootstrap(
+    rows: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], float] = np.mean,
+    *,
+    seed: int = 0,
+) -> Interval:
+    """The 95 % percentile interval of a statistic over problems, one row each, drawn with return.
+
+    Args:
+        statistic: of as many drawn rows; a draw for which it is not a number is left out. It can
+            only vary by what occurs in the rows: where all are equal, so are the two ends.
+
+    Raises:
+        DataError: no rows, or the statistic is a number of no draw.
+    """
+    table = np.asarray(rows, np.float64)
+    if not len(table):
+        raise DataError("no problems to draw from", fix="check the task's data")
+    random = np.random.default_rng(seed)
+    drawn = [
+        statistic(table[random.integers(len(table), size=len(table))]) for _ in range(RESAMPLES)
+    ]
+    found = [value for value in drawn if not math.isnan(value)]
+    if not found:
+        raise DataError("the statistic has no value for these problems")
+    low, high = np.quantile(found, (0.025, 0.975))
+    return Interval(float(low), float(high))
 
 
 def avg_at(outcomes: Outcomes, n: int) -> Estimate:

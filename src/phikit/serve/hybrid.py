@@ -1,12 +1,9 @@
 """A router made from its config: read from a file, its local side on the server's shelf."""
 
-import json
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from phikit.base.errors import ConfigError
 from phikit.chat.message import Message
 from phikit.generate.chat import Chat, ChatOptions, ChatReply, LocalChat
 from phikit.generate.remote import Remote
@@ -22,16 +19,7 @@ def read_router_config(path: Path) -> RouterConfig:
     Raises:
         ConfigError: the file cannot be read, or its settings cannot be used.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="check the path") from error
-    except ValueError as error:  # of TOML, of JSON, of UTF-8
-        raise ConfigError(f"{path} is neither TOML nor JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no settings", fix="see docs/hybrid.md")
-    return RouterConfig.resolve(data)
+    return RouterConfig.read(path, fix="see docs/hybrid.md")
 
 
 def open_cloud(config: RouterConfig) -> Metered | None:

@@ -7,13 +7,13 @@ import pytest
 from phikit.base.errors import DataError
 from phikit.chat.message import Message
 from phikit.data.problem import (
-    MAX_LINE_BYTES,
     Problem,
     Provenance,
     assert_disjoint,
     normalise,
     read_problems,
 )
+from phikit.data.rows import MAX_LINE_BYTES
 from phikit.data.split import split_of
 
 ROW = {"question": "What is 2 + 3?", "answer": "5"}

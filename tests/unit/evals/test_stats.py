@@ -6,13 +6,14 @@ import random
 from fractions import Fraction
 from statistics import NormalDist, fmean, pstdev
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phikit.base.errors import DataError
 from phikit.evals import stats
-from phikit.evals.stats import Vote
+from phikit.evals.stats import Z95, Vote, bootstrap
 
 replies = st.lists(st.lists(st.booleans(), min_size=3, max_size=5), min_size=2, max_size=8)
 
@@ -161,3 +162,27 @@ def test_pairing_of_one_problem_is_noise_and_of_shares_has_no_mcnemar():
 def test_pooled_reports_the_spread_between_seeds():
     assert stats.pooled([0.4, 0.5, 0.6]) == (0.5, pytest.approx(0.1), 0.4, 0.6, 3)
     assert stats.pooled([0.4]).spread is None
+
+
+def test_the_bootstrap_of_a_mean_is_near_its_normal_interval():
+    rng = np.random.default_rng(0)
+    values = rng.poisson(1.5, size=400).astype(float)
+    low, high = bootstrap(values)
+    half = Z95 * values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.03)
+    assert high == pytest.approx(values.mean() + half, abs=0.03)
+    assert bootstrap(values) == (low, high) != bootstrap(values, seed=1)
+    assert bootstrap([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_the_bootstrap_draws_whole_rows_and_leaves_out_what_is_no_number():
+    rows = [[1.0, 2.0], [2.0, 4.0], [0.0, 0.0]]
+
+    def ratio(drawn: np.ndarray) -> float:
+        below, above = drawn.sum(0)
+        return above / below if below else math.nan
+
+    assert bootstrap(rows, ratio) == (2.0, 2.0)
+    for bad in ([], [math.nan]):
+        with pytest.raises(DataError):
+            bootstrap(bad)

@@ -1,0 +1,1 @@
+"""Is a generated radiology report true to its reference? Not for clinical use."""
