@@ -8,7 +8,7 @@ costs a hundredth of what learning through the language model does.
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from phikit.weights.surgery import attach, parts, train_only
 
 FAULTS = "faults.json"
 """The items of a stage that could not be read, in its folder."""
+ENCODED_AT_ONCE = 64
+"""Examples whose items a frozen encoder is given together."""
 MEASURED_CLIPS = 500
 """Clips whose mel bands are measured."""
 
@@ -80,7 +82,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     if stage.alone is not None:
         return _alone(stage, context.loaded, examples, read.problems, seed)
     if stage.reader is None:
-        examples = [_encoded(example, taught, stage) for example in examples]
+        examples = _encoded(examples, taught, stage)
     objective = _objective(stage, taught, examples, seed)
 
     def finish() -> None:
@@ -163,16 +165,27 @@ def _compact(example: Example) -> Example:
     return replace(example, media=of_items({**items, VISION: images}))
 
 
-def _encoded(example: Example, model: Decoder, stage: MediaStage) -> Example:
-    """The example with the work of frozen encoders done; clips that are masked stay sounds."""
-    if example.media is None:
-        return example
-    items = dict(example.media.items)
-    for name, of in items.items():
+def _encoded(examples: Sequence[Example], model: Decoder, stage: MediaStage) -> list[Example]:
+    """The examples with the work of frozen encoders done; clips that are masked stay sounds."""
+    done = list(examples)
+    for name, sense in model.senses.items():
         is_masked = name == SPEECH and stage.sft.spec_augment is not None
-        if "encoder" not in stage.learns.get(name, ()) and not is_masked:
-            items[name] = tuple(model.senses[name].encoded(of))
-    return replace(example, media=of_items(items))
+        if "encoder" in stage.learns.get(name, ()) or is_masked:
+            continue
+        having = [i for i, each in enumerate(done) if each.media and each.media.items.get(name)]
+        for start in range(0, len(having), ENCODED_AT_ONCE):
+            chunk = having[start : start + ENCODED_AT_ONCE]
+            items = [_items(done[i])[name] for i in chunk]
+            encoded = iter(sense.encoded([item for of in items for item in of]))
+            for i, of in zip(chunk, items, strict=True):
+                new = {**_items(done[i]), name: tuple(next(encoded) for _ in of)}
+                done[i] = replace(done[i], media=of_items(new))
+    return done
+
+
+def _items(example: Example) -> dict[str, tuple[Any, ...]]:
+    assert example.media is not None
+    return example.media.items
 
 
 def copy_encoders(source: Decoder, target: Decoder, names: Collection[str]) -> None:

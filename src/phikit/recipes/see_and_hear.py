@@ -32,7 +32,7 @@ from phikit.weights.surgery import Part
 
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
-PICTURES = {"digit": 3_000, "text": 6_000, "chart": 3_000, "shapes": 3_000}
+PICTURES = {"digit": 3_000, "text": 10_000, "chart": 5_000, "shapes": 3_000}
 SOUNDS = {"spoken_digits": 4_000, "command": 3_000}
 
 
@@ -102,33 +102,34 @@ def encoders() -> tuple[MediaStage, ...]:
 def vision_stages() -> tuple[MediaStage, ...]:
     """Projector; projector and encoder; LoRA as well; several images with the encoder frozen."""
     return (
-        stage("vision1", _share(PICTURES, 0.03), {"vision": ("projector",)}, rate=2e-3),
-        stage("vision2", _share(PICTURES, 0.03), {"vision": ("projector", "encoder")}, rate=1e-3),
-        stage("vision3", _share(PICTURES, 0.06), {"vision": ("projector", "encoder", "adapter")},
-              rate=1e-3),
-        stage("vision4", {"pages": 200} | _share(PICTURES, 0.02),
-              {"vision": ("projector", "adapter")}, rate=5e-4),
+        stage("vision1", _share(PICTURES, 0.05), {"vision": ("projector",)}, rate=2e-3),
+        stage("vision2", _share(PICTURES, 0.05), {"vision": ("projector", "encoder")}, rate=1e-3),
+        stage("vision3", _share(PICTURES, 0.6), {"vision": ("projector", "encoder", "adapter")},
+              rate=3e-3, muon=0.02),
+        stage("vision4", {"pages": 800} | _share(PICTURES, 0.05),
+              {"vision": ("projector", "adapter")}, rate=1e-3),
     )  # fmt: skip
 
 
 def speech_stages() -> tuple[MediaStage, ...]:
     """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
-    asked = {"spoken_sum": 300} | _share(SOUNDS, 0.06)
+    asked = {"spoken_sum": 1_500} | _share(SOUNDS, 0.4)
     return (
-        stage("speech1", _share(SOUNDS, 0.07), {"speech": ("projector", "encoder")},
+        stage("speech1", _share(SOUNDS, 0.2), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
-        stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=1e-3, masked=True),
+        stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=3e-3, muon=0.02,
+              masked=True),
     )  # fmt: skip
 
 
 def joint_stage() -> MediaStage:
     """Questions spoken about pictures; the text model and the audio side are frozen."""
-    families = {"spoken_scene": 500} | _share(PICTURES, 0.02)
+    families = {"spoken_scene": 2_500} | _share(PICTURES, 0.1)
     learns: dict[str, tuple[Part, ...]] = {
         "vision": ("projector", "encoder", "adapter"),
         "speech": ("beside",),
     }
-    return stage("joint", families, learns, rate=1e-3)
+    return stage("joint", families, learns, rate=2e-3)
 
 
 def see_and_hear(
