@@ -57,12 +57,14 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     for modality in context.modalities:
         if modality.name not in model.senses:
             attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
+    context.progress.task(f"{stage.name}: items", len(context.problems))
     read = prepare(
         [problem for problem in context.problems if isinstance(problem, MediaProblem)],
         context.loaded.renderer,
         modalities={name: sense.config.prepare for name, sense in model.senses.items()},
         ids=model.media_ids,
         on_fault=stage.on_fault,
+        on_item=lambda: context.progress.advance(1),
     )
     with storage_errors(context.folder):
         listed = {"read": len(read.examples), "faults": [f._asdict() for f in read.faults]}

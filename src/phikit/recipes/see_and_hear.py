@@ -105,7 +105,7 @@ def vision_stages() -> tuple[MediaStage, ...]:
         stage("vision1", _share(PICTURES, 0.05), {"vision": ("projector",)}, rate=2e-3),
         stage("vision2", _share(PICTURES, 0.05), {"vision": ("projector", "encoder")}, rate=1e-3),
         stage("vision3", _share(PICTURES, 0.6), {"vision": ("projector", "encoder", "adapter")},
-              rate=3e-3, muon=0.02),
+              rate=2e-3),
         stage("vision4", {"pages": 800} | _share(PICTURES, 0.05),
               {"vision": ("projector", "adapter")}, rate=1e-3),
     )  # fmt: skip
@@ -117,8 +117,7 @@ def speech_stages() -> tuple[MediaStage, ...]:
     return (
         stage("speech1", _share(SOUNDS, 0.2), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
-        stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=3e-3, muon=0.02,
-              masked=True),
+        stage("speech2", asked, {"speech": ("projector", "adapter")}, rate=3e-3, masked=True),
     )  # fmt: skip
 
 

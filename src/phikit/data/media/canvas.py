@@ -81,7 +81,7 @@ def words(text: str, style: Style, random: np.random.Generator, *, pixels: int =
     """One line of text with a margin of its own on each side."""
     made = fonts.font(style.file, pixels)
     left, top, right, bottom = made.getbbox(text)
-    margins = random.integers(2, 3 + pixels // 4, size=4)
+    margins = random.integers(2, 3 + pixels // 8, size=4)
     width = round(right - left + margins[0] + margins[1])
     size = (width, round(bottom - top + margins[2] + margins[3]))
     image, draw = _blank(size, style.paper)
@@ -93,18 +93,18 @@ def bars(
     labels: Sequence[str], values: Sequence[int], style: Style, random: np.random.Generator
 ) -> Drawn:
     """A bar chart with a label under each bar and its value above it."""
-    width, height, pixels = 26, 64, int(random.integers(12, 15))
+    width, height, pixels = 36, 56, int(random.integers(20, 24))
     made = fonts.font(style.file, pixels)
-    image, draw = _blank((width * len(values) + 12, height + 40), style.paper)
-    base, top = height + 18, max(values)
+    image, draw = _blank((width * len(values) + 12, height + 56), style.paper)
+    base, top = height + 28, max(values)
     draw.line([(4, base), (width * len(values) + 8, base)], fill=style.ink)
     colours = PALETTES[style.palette]
     first = int(random.integers(len(colours)))
     marks: list[Mark] = []
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
-        x, y = 10 + width * i, base - round(height * value / (top * 1.1))
-        draw.rectangle([x, y, x + width - 10, base], fill=colours[(first + i) % len(colours)])
-        middle = x + (width - 10) / 2
+        x, y = 14 + width * i, base - round(height * value / (top * 1.1))
+        draw.rectangle([x, y, x + width - 16, base], fill=colours[(first + i) % len(colours)])
+        middle = x + (width - 16) / 2
         marks += _write(draw, (middle, y - 1), str(value), made, style.ink, anchor="mb")
         marks += _write(draw, (middle, base + 2), label, made, style.ink, anchor="mt")
     return Drawn(noisy(image, random), tuple(marks))

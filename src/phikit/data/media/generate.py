@@ -85,7 +85,7 @@ def draft_text(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        drawn = canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
+        drawn = canvas.words(text, style, random, pixels=int(random.integers(24, 33)))
         return _seen(drawn, styles=style.names[:1])
 
     return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
@@ -93,7 +93,7 @@ def draft_text(random: np.random.Generator) -> Draft:
 
 def draft_chart(random: np.random.Generator) -> Draft:
     """The value of a bar, or the label of the highest one."""
-    labels = sorted(_pick(random, LABELS, int(random.integers(3, 6))))
+    labels = sorted(_pick(random, LABELS, int(random.integers(3, 5))))
     values = [int(v) for v in random.choice(np.arange(3, 60), size=len(labels), replace=False)]
     if random.random() < 0.75:
         which = int(random.integers(len(labels)))
@@ -171,7 +171,7 @@ def draft_pages(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         styles = [canvas.draw_style(random, split) for _ in texts]
         drawn = [
-            canvas.words(text, style, random, pixels=int(random.integers(16, 29)))
+            canvas.words(text, style, random, pixels=int(random.integers(24, 33)))
             for text, style in zip(texts, styles, strict=True)
         ]
         return _seen(*drawn, styles=tuple(style.names[0] for style in styles))

@@ -68,6 +68,7 @@ def prepare(
     modalities: Mapping[str, Callable[[Any], MediaItem]],
     ids: Mapping[str, int],
     on_fault: Literal["stop", "skip"] = "stop",
+    on_item: Callable[[], object] = lambda: None,
 ) -> Prepared:
     """Problems as examples, in order, with the loss on the answers alone.
 
@@ -77,6 +78,7 @@ def prepare(
         ids: the placeholder tokens (`Decoder.media_ids`).
         on_fault: what to do with an item that cannot be read: raise, or leave its problem out and
             list it among the faults.
+        on_item: called after each problem, for a progress bar.
 
     Raises:
         DataError: an item cannot be read, or its problem cannot be rendered; names the item.
@@ -96,6 +98,7 @@ def prepare(
                     fix=error.fix or 'repair the item, or skip such items (on_fault="skip")',
                 ) from error
             faults.append(Fault(name, error.what))
+        on_item()
     return Prepared(examples, faults, read)
 
 
