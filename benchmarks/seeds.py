@@ -3,12 +3,16 @@
     python -m benchmarks.seeds nano_reasoner --seeds 0 1 2
 
 Runs `phikit run` once per seed, in its own process, and writes `docs/results/NAME.json`, from which
-`make docs` prints the table in README. Finished runs in `--out` are used again.
+`make docs` prints the tables of the pages. Finished runs in `--out` are used again. Settings make a
+variant, with a name and a file of its own:
+
+    python -m benchmarks.seeds see_and_hear --seeds 0 --variant shared --set tuning=shared
 """
 
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = ("transcripts", "metrics")
 """Parts of results.json too long to keep in the repository."""
+LESS_IS_BETTER = ("CER", "WER")
 
 
 def main() -> None:
@@ -25,23 +30,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variant", default="", help="name of the settings below")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "seeds")
     options = parser.parse_args()
-    runs = [run(options.pipeline, seed, options.out) for seed in options.seeds]
-    target = ROOT / "docs" / "results" / f"{options.pipeline}.json"
+    name = "-".join(filter(None, (options.pipeline, options.variant)))
+    settings = [part for each in options.set for part in ("--set", each)]
+    runs = [run(options.pipeline, seed, options.out / name, settings) for seed in options.seeds]
+    target = ROOT / "docs" / "results" / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"pipeline": options.pipeline, "machine": machine(), "runs": runs}
+    record = {
+        "pipeline": options.pipeline,
+        "settings": options.set,
+        "machine": machine(),
+        "runs": runs,
+    }
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {target}; `make docs` puts it into README.md")
 
 
-def run(pipeline: str, seed: int, out: Path) -> dict[str, Any]:
+def run(pipeline: str, seed: int, stem: Path, settings: list[str]) -> dict[str, Any]:
     """One seed's results, with the whole command's wall time if it began here."""
-    folder = out / f"{pipeline}-{seed}"
+    folder = stem.with_name(f"{stem.name}-{seed}")
     wall = folder / "wall_seconds"
     is_new = not folder.exists()
     started = time.perf_counter()
-    command = ["run", pipeline, "--set", f"seed={seed}", "--out", str(folder)]
+    command = ["run", pipeline, "--set", f"seed={seed}", *settings, "--out", str(folder)]
     subprocess.run([sys.executable, "-m", "phikit.cli", *command], check=True)
     if is_new:
         wall.write_text(f"{time.perf_counter() - started:.0f}")
@@ -51,7 +65,43 @@ def run(pipeline: str, seed: int, out: Path) -> dict[str, Any]:
         for stage in results["stages"]
     ]
     seconds = int(wall.read_text()) if wall.exists() else None
-    return {"seed": seed, "wall_seconds": seconds, "stages": stages}
+    kept = {"seed": seed, "wall_seconds": seconds, "stages": stages}
+    return kept | {key: results[key] for key in ("chance",) if key in results}
+
+
+def senses_markdown(record: dict[str, Any]) -> str:
+    """What a model sees and hears at the end: families in lines, beside chance and text alone."""
+    runs = record["runs"]
+    first, last = (
+        [next(s["senses"] for s in order(run["stages"]) if s["senses"]) for run in runs]
+        for order in (iter, reversed)
+    )
+    lines = ["| Family | Measure | Chance | Text alone | Seen and heard |", "|:--|:--|--:|--:|--:|"]
+    for family, of in last[0].items():
+        less = ", less is better" if of["measure"] in LESS_IS_BETTER else ""
+        found = [family, of["measure"] + less]
+        for cells in ([run["chance"] for run in runs], first, last):
+            found.append(spread([cell[family]["value"] for cell in cells if family in cell]))
+        lines.append("| " + " | ".join(found) + " |")
+    losses = [abs(s["text"]["loss"] - run["stages"][0]["text"]["loss"]) for run in runs
+              for s in run["stages"] if s["senses"]]  # fmt: skip
+    same = all(s["is_text_same"] for run in runs for s in run["stages"])
+    minutes = [run["wall_seconds"] / 60 for run in runs if run["wall_seconds"]]
+    seeds = "One seed." if len(runs) == 1 else f"Mean ± standard deviation of {len(runs)} seeds."
+    told = "bit-identical after every stage" if same else f"changed by up to {max(losses):.3f} nats"
+    took = f" The first run took {minutes[0]:.0f} minutes." if minutes else ""
+    count = next(iter(last[0].values()))["n"]
+    return "\n".join(
+        [*lines, "", f"{seeds} {count} problems a family. The text model: {told}.{took}", ""]
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent."""
+    if not values:
+        return "–"
+    mean, deviation = statistics.fmean(values), statistics.stdev(values) if values[1:] else None
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}") + " %"
 
 
 def machine() -> dict[str, str | int]:

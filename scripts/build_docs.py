@@ -30,6 +30,8 @@ from phikit.serve.limits import Limits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, its project is not
 from benchmarks.moe import markdown as moe_table  # noqa: E402
+from benchmarks.multimodal import markdown as multimodal_table  # noqa: E402
+from benchmarks.seeds import senses_markdown  # noqa: E402
 from experiments.grin.page import page as grin_page  # noqa: E402
 from experiments.grin.page import write_pages  # noqa: E402
 
@@ -76,16 +78,22 @@ def results(name: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def unmeasured(command: str) -> str:
+def unmeasured(name: str) -> str:
     """What stands in place of figures that nobody has measured."""
+    command = f"seeds {name}" if name in PIPELINES else name
     return f"Not measured yet; `python -m benchmarks.{command}` does.\n"
+
+
+def measured(name: str, write: Callable[[dict[str, Any]], str]) -> str:
+    """Stored results as their benchmark writes them."""
+    return write(results(name)) if results(name) else unmeasured(name)
 
 
 def stage_table(pipeline: str) -> str:
     """Every stage over the seeds: means, spread between seeds, paired differences of each seed."""
     runs = results(pipeline).get("runs")
     if runs is None:
-        return unmeasured(f"seeds {pipeline}")
+        return unmeasured(pipeline)
     lines = [
         "| Stage | Seconds | Tokens trained | Accuracy, greedy | pass@1, T = 0.6 | Length "
         "| Paired change of each seed, greedy, 95 % interval | The same at T = 0.6 |",
@@ -474,6 +482,10 @@ def router_table() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
+    "see_and_hear results": lambda: measured(
+        "see_and_hear", senses_markdown, command="seeds see_and_hear"
+    ),
+    "multimodal benchmark": lambda: measured("multimodal", multimodal_table, command="multimodal"),
     "recipes": recipe_table,
     "commands": command_reference,
     "settings": settings_tables,
