@@ -12,12 +12,13 @@ variant, with a name and a file of its own:
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from phikit.evals.stats import pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = ("transcripts", "metrics")
@@ -97,11 +98,11 @@ def senses_markdown(record: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
+    """Mean and standard deviation between seeds, in percent; a dash for nothing."""
     if not values:
         return "–"
-    mean, deviation = statistics.fmean(values), statistics.stdev(values) if values[1:] else None
-    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}") + " %"
+    over = pooled([100 * value for value in values])
+    return f"{over.mean:.1f}" + ("" if over.spread is None else f" ± {over.spread:.1f}") + " %"
 
 
 def machine() -> dict[str, str | int]:

@@ -21,7 +21,6 @@ from typer.core import TyperGroup
 from phikit.cli.app import VERBS, app
 from phikit.cli.settings import leaves
 from phikit.evals.plots import chart
-from phikit.evals.stats import pooled
 from phikit.models.catalogue import CHECKPOINTS, Checkpoint
 from phikit.models.registry import FAMILIES, active_parameter_count, family_of, parameter_count
 from phikit.recipes import PIPELINES
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, its project is not
 from benchmarks.moe import markdown as moe_table  # noqa: E402
 from benchmarks.multimodal import markdown as multimodal_table  # noqa: E402
-from benchmarks.seeds import senses_markdown  # noqa: E402
+from benchmarks.seeds import senses_markdown, spread  # noqa: E402
 from experiments.grin.page import page as grin_page  # noqa: E402
 from experiments.grin.page import write_pages  # noqa: E402
 
@@ -125,12 +124,6 @@ def stage_table(pipeline: str) -> str:
             "",
         ]
     )
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation between seeds, in percent."""
-    over = pooled([100 * value for value in values])
-    return f"{over.mean:.1f}" + ("" if over.spread is None else f" ± {over.spread:.1f}") + " %"
 
 
 def change(paired: dict[str, Any]) -> str:
