@@ -4,7 +4,7 @@ A source yields the problems of one split. Generated and outside problems alike 
 their content, so no seed and no file can put one problem on both sides.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,8 +99,12 @@ Source = Annotated[
 ]
 
 
-def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
+def load_problems(
+    source: Source, *, split: Split, seed: int, on_item: Callable[[], object] = lambda: None
+) -> list[Problem]:
     """The source's problems of one split, at most `count`.
+
+    `on_item` is called after each picture or sound that is made, for a progress bar.
 
     Raises DataError if there are none, MissingExtraError if a hub source lacks its package.
     """
@@ -117,7 +121,9 @@ def load_problems(source: Source, *, split: Split, seed: int) -> list[Problem]:
         return [
             problem
             for family, count in source.families.items()
-            for problem in generate_media(family=family, seed=seed, count=count, split=split)
+            for problem in generate_media(
+                family=family, seed=seed, count=count, split=split, on_item=on_item
+            )
         ]
     if isinstance(source, MediaFileSource):
         return _of_files(source, split)

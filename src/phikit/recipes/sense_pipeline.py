@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.media import Media
+from phikit.base.progress import Progress
 from phikit.chat.message import Message
 from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.media.generate import drafts
@@ -68,8 +69,8 @@ class TextState(NamedTuple):
 class _Drawn(Mapping[str, list[Problem]]):
     """The problems of the stages, drawn anew each time, and the held-out ones, which are kept."""
 
-    def __init__(self, config: PipelineConfig) -> None:
-        self.config = config
+    def __init__(self, config: PipelineConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
         self.stages = {stage.name: stage for stage in config.stages}
 
     @cached_property
@@ -84,7 +85,11 @@ class _Drawn(Mapping[str, list[Problem]]):
         if isinstance(stage, PretrainStage):
             return []
         seed = stage_seed(self.config.seed, name, "problems")
-        found = load_problems(stage.source, split="train", seed=seed)
+        if isinstance(stage.source, MediaSource):
+            self.progress.task(f"{name}: drawing", stage.source.count)
+        found = load_problems(
+            stage.source, split="train", seed=seed, on_item=lambda: self.progress.advance(1)
+        )
         withheld = {problem.content_hash for problem in self.held_out}
         return [problem for problem in found if problem.content_hash not in withheld]
 
@@ -101,7 +106,7 @@ class SensePipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.scorer = sense_scorer()
-        self._drawn = _Drawn(self.config)
+        self._drawn = _Drawn(self.config, self.progress)
 
     def _problems(self) -> Mapping[str, list[Problem]]:
         """Drawn when they are asked for, as pictures and sounds of all stages fill the memory.
