@@ -94,7 +94,7 @@ class DrawnProblems(Mapping[str, list[Problem]]):
     def families(self, stage: MediaStage) -> list[str]:
         """What a stage trains on."""
         if isinstance(stage.source, MediaSource):
-            return [*stage.source.families]
+            return [family for family, count in stage.source.families.items() if count]
         return [*dict.fromkeys(problem.provenance.family for problem in self[stage.name])]
 
     def answers(self, stage: MediaStage) -> dict[str, list[tuple[str, str]]]:
@@ -106,7 +106,7 @@ class DrawnProblems(Mapping[str, list[Problem]]):
                     (draft.question, draft.answer)
                     for draft in drafts(family=family, seed=seed, count=COUNTED, split="train")
                 ]
-                for family in stage.source.families
+                for family in self.families(stage)
             }
         found: dict[str, list[tuple[str, str]]] = {}
         for problem in self[stage.name]:
