@@ -182,6 +182,13 @@ def test_pictures_without_marks_are_refused(tiny_model: Callable[..., Decoder]):
         marks_objective(model, classes=1)
 
 
+def test_replies_without_a_clip_are_refused(tiny_model: Callable[..., Decoder]):
+    model = taught(tiny_model(), *MODALITIES[:2])
+    rows = [*sounds(model), *sights(model)]
+    with pytest.raises(DataError, match="no clip, or several"):
+        CTCObjective(model, rows, SFT, units=reply_units(rows), seed=0)
+
+
 def test_classes_are_numbered_by_name():
     marks = [[Mark("b", 0, 0, 1, 1)], [Mark("a", 0, 0, 1, 1), Mark("b", 0, 0, 2, 2)]]
     assert mark_classes(marks) == {"a": 1, "b": 2}

@@ -8,7 +8,7 @@ import typer
 
 from phikit.base.errors import RunError
 from phikit.cli.locate import complete_run, finished_stages, locate_pipeline, stage_name
-from phikit.cli.settings import leaves
+from phikit.cli.settings import leaves, own_settings
 
 if TYPE_CHECKING:
     from phikit.evals.task import EvalResult
@@ -68,6 +68,7 @@ def recipes() -> None:
     table = Table("Recipe", "What", "Stages", box=None, pad_edge=False, header_style="bold")
     for name, recipe in PIPELINES.items():
         what = (recipe.__doc__ or "").strip().partition("\n")[0]
+        what = "\n".join([what, *(f"  --set {each}" for each in own_settings(name))])
         table.add_row(name, what, " ".join(stage.name for stage in recipe().stages))
     screen().print(table)
 

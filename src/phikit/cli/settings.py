@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from phikit.base.errors import ConfigError, RunError
 
@@ -20,9 +20,10 @@ def recipe(name: str, assignments: Sequence[str] = ()) -> tuple["PipelineConfig"
     to one of them chooses among its configs.
 
     Raises:
-        ConfigError: there is no such recipe; names the nearest.
+        ConfigError: there is no such recipe, or nothing of this name to set; names the nearest.
     """
     from phikit.recipes import PIPELINES
+    from phikit.recipes.config import PipelineConfig
 
     if name not in PIPELINES:
         near = get_close_matches(name, PIPELINES, n=1, cutoff=0.0)[0]
@@ -34,7 +35,22 @@ def recipe(name: str, assignments: Sequence[str] = ()) -> tuple["PipelineConfig"
     pairs = [assignment.partition("=") for assignment in assignments]
     chosen = {key.strip(): value for key, _, value in pairs if key.strip() in own}
     left = ["".join(pair) for pair in pairs if pair[0].strip() not in own]
+    for key in (each.partition("=")[0].strip() for each in left):
+        near = get_close_matches(key, [*own, *PipelineConfig.model_fields], n=1)
+        if key not in PipelineConfig.model_fields and near and near[0] in own:
+            raise ConfigError(f"{name} has no setting {key!r}", fix=f"did you mean {near[0]}?")
     return PIPELINES[name](**chosen), left
+
+
+def own_settings(name: str) -> list[str]:
+    """What `--set` takes of a recipe beside the settings of its config, with the values."""
+    from phikit.recipes import PIPELINES
+
+    own = inspect.signature(PIPELINES[name]).parameters.values()
+    return [
+        f"{each.name}={'|'.join(get_args(each.annotation)) or each.default or '...'}"
+        for each in own
+    ]
 
 
 def complete_recipe(typed: str) -> list[str]:
@@ -100,7 +116,13 @@ def resolve(
     elif name is None:
         raise ConfigError("no recipe named", fix="name one: `phikit recipes` lists them")
     else:
-        config, assignments = recipe(name, assignments)
+        config, left = recipe(name, assignments)
+        if resume and len(left) < len(assignments):
+            raise ConfigError(
+                f"a run goes on with the {name} that it was started with",
+                fix="leave --resume out to start another in its place, or name a folder with --out",
+            )
+        assignments = left
     folder = out or Path("runs") / config.name
     if resume:
         config = PipelineConfig.resolve(_resumed(folder), assignments)

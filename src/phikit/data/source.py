@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, field_validator
 
 from phikit.base.config import Config
 from phikit.base.errors import DataError, MissingExtraError
+from phikit.data.media.generate import FAMILIES
 from phikit.data.media.generate import generate as generate_media
 from phikit.data.media.layouts import Layout, read_layout
 from phikit.data.media.problem import MediaProblem
@@ -70,8 +71,17 @@ class MediaSource(Config):
     """Generated problems about pictures and speech."""
 
     kind: Literal["media"] = "media"
-    families: dict[str, int]
+    families: dict[str, NonNegativeInt]
     """How many problems of each family of `data.media.generate`."""
+
+    @field_validator("families")
+    @classmethod
+    def _are_known(cls, families: dict[str, int]) -> dict[str, int]:
+        if unknown := [family for family in families if family not in FAMILIES]:
+            raise ValueError(f"no family {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+        if not any(families.values()):
+            raise ValueError("no problem of any family")
+        return families
 
     @property
     def count(self) -> int:

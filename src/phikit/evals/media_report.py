@@ -5,6 +5,7 @@ Pictures are embedded as PNG, sounds are drawn: the waveform above its spectrogr
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from phikit.base.errors import MissingExtraError
+from phikit.base.errors import MissingExtraError, RunError
 from phikit.base.media import SPEECH, VISION
 from phikit.chat.audio import RATE_HZ, audio_clip
 from phikit.data.media.problem import MediaProblem
@@ -22,6 +23,12 @@ from phikit.data.media.problem import MediaProblem
 WAVE_POINTS = 300
 """Columns of a waveform."""
 NOT_MEASURED = "–"
+ITEM = re.compile(
+    r"(<svg [^<>]*><path [^<>]*/></svg>)?"
+    r'<img alt="[^"<>]*" src="data:image/png;base64,[A-Za-z0-9+/]+=*">'
+)
+"""All that `shown_items` makes. A results.json may come from elsewhere, with other elements in it,
+some of which no content security policy stops."""
 
 
 def shown_items(problem: MediaProblem) -> list[str]:
@@ -40,7 +47,10 @@ def shown_items(problem: MediaProblem) -> list[str]:
 
 
 def senses_section(results: Mapping[str, Any]) -> str:
-    """The tables and the gallery of a results.json; empty for a run without modalities."""
+    """The tables and the gallery of a results.json; empty for a run without modalities.
+
+    Raises RunError for an item that is neither a picture nor a sound of ours.
+    """
     stages = [stage for stage in results["stages"] if stage.get("senses") is not None]
     if not stages:
         return ""
@@ -126,6 +136,11 @@ def _gallery(entries: Sequence[Mapping[str, Any]]) -> str:
     """What was shown, and what was said about it after each stage."""
     cards = []
     for entry in entries:
+        if not all(map(ITEM.fullmatch, entry["items"])):
+            raise RunError(
+                "results.json: gallery: an item is no picture or sound of a report",
+                fix="run the pipeline again",
+            )
         said = "".join(
             f"<div><dt>{escape(stage)}</dt><dd>{escape(reply)}</dd></div>"
             for stage, reply in entry["replies"].items()

@@ -2,7 +2,7 @@
 
 One file, no script, no outside resource: it opens from a disk, on a phone, in ten years. Everything
 a model wrote is escaped, and a content security policy forbids the page to load or run anything,
-should an escape ever be missed.
+should an escape ever be missed. Pictures that it shows are part of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +43,14 @@ def render_report(results: Mapping[str, Any]) -> str:
     """The page as HTML text."""
     checked = Results.read(results)
     title = _text(checked.meta.get("title", "phikit report"))
+    senses = senses_section(results)
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if "<img" in senses:  # of ours: what others wrote is escaped
+        policy += "; img-src data:"
     body = [
         f"<header><h1>{title}</h1>{_headline(checked.stages)}{_facts(checked.meta)}</header>",
         _table(checked.all_stages),
-        senses_section(results),
+        senses,
         _charts(checked),
         _experts(checked),
         _transcripts(checked.all_stages),
@@ -56,8 +60,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{title}</title><style>{_style()}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )

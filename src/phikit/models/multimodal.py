@@ -201,7 +201,7 @@ def from_hf_config(values: dict[str, Any]) -> MultimodalConfig:
 def _read_vision(values: Mapping[str, Any]) -> VisionConfig:
     _check_part("vision_config", values, _VISION_FIELDS, _ONLY_VISION)
     fields = {ours: values[theirs] for theirs, ours in _VISION_FIELDS.items() if theirs in values}
-    config = VisionConfig(**fields | {"feature_layer": 1})
+    config = VisionConfig(**fields, feature_layer=1)
     layer, image_size = values.get("feature_layer", -2), values.get("image_size", 448)
     return VisionConfig(
         **fields,

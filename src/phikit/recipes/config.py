@@ -165,6 +165,11 @@ class MediaStage(_Stage):
                 f"alone: {self.alone.kind} trains the encoder of {name}, and may train its "
                 "projectors beside"
             )
+        if self.alone.kind == "marks" and self.source.kind != "media":
+            raise ValueError(
+                "alone: what each patch shows is known of generated pictures (source.kind media); "
+                "an encoder starts on others with a reader"
+            )
         return self
 
     @property
@@ -217,7 +222,10 @@ class PipelineConfig(Config):
         for stage in self.stages:
             if isinstance(stage, MediaStage) and not known.issuperset(stage.learns):
                 missing = sorted({*stage.learns} - known)
-                raise ValueError(f"stages.{stage.name}.learns: no modality {missing[0]!r}")
+                raise ValueError(
+                    f"stages.{stage.name}.learns: no modality {missing[0]!r}; "
+                    f"there are {', '.join(sorted(known)) or 'none'}"
+                )
         return self
 
     @model_validator(mode="after")

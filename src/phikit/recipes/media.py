@@ -137,7 +137,7 @@ def _alone(
 def _marked(example: Example, problem: MediaProblem, classes: Mapping[str, int]) -> Example:
     if example.media is None:
         return example
-    pictures = zip(example.media.images, problem.media[VISION], problem.marks, strict=True)
+    pictures = zip(example.media.images, problem.media.get(VISION, ()), problem.marks, strict=True)
     images = tuple(
         marked(image, marks, size=(source.shape[1], source.shape[0]), classes=classes)
         for image, source, marks in pictures

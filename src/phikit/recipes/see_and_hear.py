@@ -175,11 +175,8 @@ def hear_recordings(
         _from(source, speech_stages()[0], count=600),
         _from(source, speech_stages()[1], count=600),
     )
-    config = _pipeline("hear_recordings", backbone, (speech(),), taught)
-    evaluation = config.evaluation.model_copy(
-        update={"source": source.model_copy(update={"count": 200})}
-    )
-    return config.model_copy(update={"evaluation": evaluation})
+    held = source.model_copy(update={"count": 200})
+    return _pipeline("hear_recordings", backbone, (speech(),), taught, asked=held)
 
 
 def _from(
@@ -196,7 +193,10 @@ def _pipeline(
     backbone: Backbone,
     modalities: tuple[SenseConfig, ...],
     stages: tuple[MediaStage, ...],
+    *,
+    asked: MediaFileSource | None = None,
 ) -> PipelineConfig:
+    """A pipeline that is `asked` held-out problems, or else some of every family of its stages."""
     sources = [each.source for each in stages]
     families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
     base, first = _base(backbone)
@@ -206,7 +206,8 @@ def _pipeline(
         modalities=modalities,
         stages=(*first, *stages),
         evaluation=EvaluationConfig(
-            source=MediaSource(families=dict.fromkeys(sorted(families), 60)), max_new_tokens=24
+            source=asked or MediaSource(families=dict.fromkeys(sorted(families), 60)),
+            max_new_tokens=24,
         ),
     )
 

@@ -19,22 +19,19 @@ import torch
 import torch.nn.functional as F
 
 from phikit.base.files import storage_errors, write_atomic
-from phikit.base.media import Media
 from phikit.base.progress import Progress
 from phikit.chat.message import Message
 from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.media.generate import drafts
-from phikit.data.media.layouts import family_of
-from phikit.data.media.problem import MediaProblem, media_of
+from phikit.data.media.problem import MediaProblem
 from phikit.data.problem import Problem
-from phikit.data.source import MediaFileSource, MediaSource, load_problems
+from phikit.data.source import MediaSource, load_problems
 from phikit.evals.media_report import shown_items
 from phikit.evals.senses import chance, figures, sense_scorer
 from phikit.evals.task import EvalResult, Task, evaluate
 from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
-from phikit.models.decoder import Decoder
 from phikit.recipes.config import MediaStage, PipelineConfig, PretrainStage
 from phikit.recipes.context import stage_seed
 from phikit.recipes.media import FAULTS
@@ -66,7 +63,7 @@ class TextState(NamedTuple):
     """Nats a token on documents of the corpus."""
 
 
-class _Drawn(Mapping[str, list[Problem]]):
+class DrawnProblems(Mapping[str, list[Problem]]):
     """The problems of the stages, drawn anew each time, and the held-out ones, which are kept."""
 
     def __init__(self, config: PipelineConfig, progress: Progress) -> None:
@@ -99,6 +96,29 @@ class _Drawn(Mapping[str, list[Problem]]):
     def __len__(self) -> int:
         return 1 + len(self.stages)
 
+    def families(self, stage: MediaStage) -> list[str]:
+        """What a stage trains on."""
+        if isinstance(stage.source, MediaSource):
+            return [family for family, count in stage.source.families.items() if count]
+        return [*dict.fromkeys(problem.provenance.family for problem in self[stage.name])]
+
+    def answers(self, stage: MediaStage) -> dict[str, list[tuple[str, str]]]:
+        """Questions and answers of a stage's training by family; no item is made or opened."""
+        if isinstance(stage.source, MediaSource):
+            seed = stage_seed(self.config.seed, stage.name, "problems")
+            return {
+                family: [
+                    (draft.question, draft.answer)
+                    for draft in drafts(family=family, seed=seed, count=COUNTED, split="train")
+                ]
+                for family in self.families(stage)
+            }
+        found: dict[str, list[tuple[str, str]]] = {}
+        for problem in self[stage.name]:
+            pair = (problem.question, problem.answer)
+            found.setdefault(problem.provenance.family, []).append(pair)
+        return found
+
 
 class SensePipeline(Pipeline):
     """Stages that attach and train modalities, with their own evaluation."""
@@ -106,7 +126,7 @@ class SensePipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.scorer = sense_scorer()
-        self._drawn = _Drawn(self.config, self.progress)
+        self._drawn = DrawnProblems(self.config, self.progress)
 
     def _problems(self) -> Mapping[str, list[Problem]]:
         """Drawn when they are asked for, as pictures and sounds of all stages fill the memory.
@@ -126,7 +146,7 @@ class SensePipeline(Pipeline):
             alone = [_without_media(problem) for problem in problems]
             kept["greedy"] = self._ask(loaded, alone, folder, None).to_dict()
         elif chosen := self._families_of(stage, problems):
-            result = self._ask(loaded, chosen, folder, _senses(loaded.model))
+            result = self._ask(loaded, chosen, folder, Senses.of(loaded.model))
             kept["greedy"] = result.to_dict()
             write_transcripts(folder / "samples" / "test.txt", transcripts(result))
             self.progress.print(render_transcript(transcripts(result)[0]))
@@ -154,7 +174,8 @@ class SensePipeline(Pipeline):
             return []
         if stage is self.config.stages[-1]:
             return list(problems)
-        return [p for p in problems if p.provenance.family in _families(stage)]
+        families = self._drawn.families(stage)
+        return [problem for problem in problems if problem.provenance.family in families]
 
     def _summary(
         self, name: str, folder: StageFolder | None, evaluations: list[dict[str, EvalResult]]
@@ -194,12 +215,8 @@ class SensePipeline(Pipeline):
     def _chance(self, problems: Sequence[Problem]) -> dict[str, Any]:
         answers: dict[str, list[tuple[str, str]]] = {}
         for stage in self.config.stages:
-            if not isinstance(stage, MediaStage):
-                continue
-            seed = stage_seed(self.config.seed, stage.name, "problems")
-            for family in _families(stage):
-                if family not in answers:
-                    answers[family] = _answers(stage, family, seed)
+            if isinstance(stage, MediaStage):
+                answers = self._drawn.answers(stage) | answers
         return chance(problems, answers)
 
     def _gallery(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
@@ -229,25 +246,6 @@ class SensePipeline(Pipeline):
             for of_family in shown.values()
             for problem in of_family
         ]
-
-
-def _families(stage: MediaStage) -> list[str]:
-    """What a stage trains on."""
-    match stage.source:
-        case MediaSource(families=families):
-            return [*families]
-        case MediaFileSource(layout=layout):
-            return [family_of(layout)]
-    return []
-
-
-def _answers(stage: MediaStage, family: str, seed: int) -> list[tuple[str, str]]:
-    """Questions and answers of a family in a stage's training; no item is made or opened."""
-    if isinstance(stage.source, MediaSource):
-        drawn = drafts(family=family, seed=seed, count=COUNTED, split="train")
-        return [(draft.question, draft.answer) for draft in drawn]
-    found = load_problems(stage.source, split="train", seed=seed)
-    return [(problem.question, problem.answer) for problem in found]
 
 
 def text_state(loaded: Loaded) -> TextState:
@@ -286,12 +284,3 @@ def _hash(data: bytes) -> str:
 
 def _without_media(problem: Problem) -> Problem:
     return replace(problem, question=PLACEHOLDER.sub("", problem.question))
-
-
-def _senses(model: Decoder) -> Senses:
-    prepare = {name: sense.config.prepare for name, sense in model.senses.items()}
-
-    def media(problem: Problem) -> Media | None:
-        return media_of(problem, prepare) if isinstance(problem, MediaProblem) else None
-
-    return Senses(media, model.media_ids)

@@ -107,14 +107,14 @@ class MarksObjective(MediaSFTObjective):
         masks = np.concatenate([image.mask_MPP for image in images])[is_asked_M]
         namer, sight = model.namer, model.senses[VISION]
         assert isinstance(namer, nn.Linear) and isinstance(sight, Sight)
-        to = {"device": namer.weight.device}
+        device = namer.weight.device
         features_MTD = sight.patch_features(
-            torch.from_numpy(pixels).to(dtype=namer.weight.dtype, **to),
-            torch.from_numpy(masks).to(**to),
+            torch.from_numpy(pixels).to(device, namer.weight.dtype),
+            torch.from_numpy(masks).to(device),
         )
         logits_SC = namer(features_MTD).flatten(0, 1)
-        labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(**to).flatten()
-        weights = self.weights_C.to(**to)
+        labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(device).flatten()
+        weights = self.weights_C.to(device)
         total = F.cross_entropy(logits_SC, labels_S, weight=weights, reduction="sum")
         if self.meanings_CD is not None:
             total = total + self._said(sight, features_MTD, namer, self.meanings_CD)
@@ -151,6 +151,8 @@ class CTCObjective(MediaSFTObjective):
         units: a number from 1 for every token that occurs in a reply.
         meanings_CD: what the projectors are to say for the blank and for each unit, float32
             [1 + units, D]; None leaves them alone.
+
+    Raises DataError unless every example has one clip.
     """
 
     def __init__(
@@ -164,6 +166,11 @@ class CTCObjective(MediaSFTObjective):
         seed: int,
         rank: Rank = Rank(),
     ) -> None:
+        if any(len(example.media.clips if example.media else ()) != 1 for example in examples):
+            raise DataError(
+                "an example has no clip, or several: frames follow one reply",
+                fix="start hearing on what is written down as it was said, such as spoken_digits",
+            )
         super().__init__(examples, config, seed=seed, rank=rank)
         hearing = model.senses[SPEECH]
         assert isinstance(hearing, Hearing), "only hearing has frames"

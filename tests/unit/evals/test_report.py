@@ -3,12 +3,17 @@
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from phikit.base.errors import RunError
+from phikit.base.media import SPEECH, VISION
+from phikit.data.media.problem import MediaProblem
+from phikit.data.problem import Provenance
+from phikit.evals.media_report import shown_items
 from phikit.evals.plots import chart
 from phikit.evals.report import render_report, write_report
 from phikit.evals.table import count, duration, points, stage_table, stage_table_markdown
@@ -98,6 +103,48 @@ def test_the_page_loads_nothing(tmp_path):
     urls = [v for k, v in page.attributes if k in ("src", "href", "xlink:href", "action") and v]
     assert all(url.startswith("#") for url in urls)
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+
+
+def with_gallery(items, text="fine"):
+    """Results of a run that shows what it showed."""
+    data = results(text)
+    data["stages"][0]["senses"] = {"digit": {"measure": "exact match", "value": 0.5, "n": 2}}
+    entry = {
+        "family": text,
+        "question": text,
+        "gold": text,
+        "items": items,
+        "replies": {text: text},
+    }
+    return data | {"gallery": [entry]}
+
+
+def test_pictures_and_sounds_are_part_of_the_page():
+    media = {
+        VISION: (np.zeros((8, 8, 3), np.uint8),),
+        SPEECH: (np.linspace(-1, 1, 4000, dtype=np.float32),),
+    }
+    origin = Provenance("s", "digit", "CC0-1.0", "test", "g", "1", 0, 0)
+    shown = shown_items(MediaProblem("?", "7", None, "7", None, "?", origin, media=media))
+    page = Page(render_report(with_gallery(shown, ATTACK)))
+    assert page.tags.count("img") == 2 and "script" not in page.tags
+    addresses = [v for k, v in page.attributes if k in ("src", "href") and v]
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in addresses)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("content", policy) in page.attributes
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "<meta http-equiv=refresh content='0;url=https://example.org'>",
+        '<img alt="" src="https://example.org/x.png">',
+        '<svg ><path /></svg><img alt="" src="data:image/png;base64,AA=="><a href=x>',
+    ],
+)
+def test_items_of_others_are_refused(item):
+    with pytest.raises(RunError, match="gallery"):
+        render_report(with_gallery([item]))
 
 
 def test_the_page_is_the_same_every_time():

@@ -3,7 +3,7 @@
 import pytest
 
 from phikit.base.errors import ConfigError
-from phikit.cli.settings import recipe
+from phikit.cli.settings import own_settings, recipe
 from phikit.recipes.config import MediaStage, NewBase, PipelineConfig
 from phikit.recipes.see_and_hear import see_and_hear
 from phikit.weights.surgery import Part
@@ -45,6 +45,31 @@ def test_settings_of_a_recipe_are_set_like_all_others():
     assert isinstance(config.base, NewBase) and left == ["seed=3"]
     names = [stage.name for stage in config.stages]
     assert names[0] == "pretrain" and "vision2" not in names and "vision3" in names
+    with pytest.raises(ConfigError, match="did you mean backbone"):
+        recipe("see_and_hear", ["backbon=nano"])
     for wrong in ("backbone=giant", "tuning=none", "without=vision9"):
         with pytest.raises(ConfigError):
             recipe("see_and_hear", [wrong])
+
+
+def test_settings_of_a_recipe_are_listed():
+    assert own_settings("see_and_hear") == [
+        "backbone=smollm2|nano", "tuning=mixture|shared|full", "without=..."
+    ]  # fmt: skip
+    assert own_settings("nano_reasoner") == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("stages.see.source.families.cats=2", "source.families: no family 'cats'; there are text"),
+        ("stages.see.source.families.text=-1", "families.text"),
+        ('stages.see.source.families={"text": 0}', "no problem of any"),
+        ('stages.see.source={"kind": "media_file", "layout": "parquet", "path": "x"}', "reader"),
+        ('stages.see.learns={"smell": ["encoder"]}', "encoder of vision"),
+        ('stages.vision1.learns={"smell": ["encoder"]}', "there are speech, vision"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(setting: str, fault: str):
+    with pytest.raises(ConfigError, match=fault):
+        see_and_hear().override([setting])
