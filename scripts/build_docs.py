@@ -478,7 +478,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "see_and_hear results": lambda: measured(
         "see_and_hear", senses_markdown, command="seeds see_and_hear"
     ),
-    "multimodal benchmark": lambda: measured("multimodal", multimodal_table, command="multimodal"),
+    "multimodal benchmark": lambda: measured("multimodal", multimodal_table),
     "recipes": recipe_table,
     "commands": command_reference,
     "settings": settings_tables,
