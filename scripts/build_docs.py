@@ -475,9 +475,7 @@ def router_table() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
-    "see_and_hear results": lambda: measured(
-        "see_and_hear", senses_markdown, command="seeds see_and_hear"
-    ),
+    "see_and_hear results": lambda: measured("see_and_hear", senses_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),
     "recipes": recipe_table,
     "commands": command_reference,
