@@ -83,9 +83,10 @@ def evaluate(
     A run that has learnt to see or hear needs no --data: it is shown its own held-out problems.
     """
     with stoppable(kept="an evaluation keeps nothing until it is done"), ExitStack() as stack:
+        given = _problems(data, task, limit) if data or task or router else None
         place = locate(run)
-        shown = None if data or task or router else _held_out(place, limit)
-        problems = shown or _problems(data, task, limit)
+        shown = None if given else _held_out(place, limit)
+        problems = given or shown or _problems(data, task, limit)
         loaded = _load(place)
         if router is not None:
             if samples != 1 or temperature is not None:
