@@ -476,6 +476,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
     "see_and_hear results": lambda: measured("see_and_hear", senses_markdown),
+    "hear_recordings results": lambda: measured("hear_recordings", senses_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),
     "recipes": recipe_table,
     "commands": command_reference,
