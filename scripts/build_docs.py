@@ -85,7 +85,8 @@ def unmeasured(name: str) -> str:
 
 def measured(name: str, write: Callable[[dict[str, Any]], str]) -> str:
     """Stored results as their benchmark writes them."""
-    return write(results(name)) if results(name) else unmeasured(name)
+    found = results(name)
+    return write(found) if found else unmeasured(name)
 
 
 def stage_table(pipeline: str) -> str:

@@ -175,7 +175,7 @@ def load_image(
             fix="crop it, or join it with its surroundings",
         )
     pixels_CHW = _normalised_grid(image, size, grid, crop_size)
-    crops = _tiles(pixels_CHW, crop_size)
+    crops = tiles(pixels_CHW, crop_size)
     global_crop = F.interpolate(
         torch.from_numpy(pixels_CHW)[None], size=(crop_size, crop_size), mode="bicubic"
     ).numpy()
@@ -187,7 +187,7 @@ def load_image(
     full = np.ones((1, patches, patches), dtype=np.bool_)
     return ImageCrops(
         pixels_MCHW=np.concatenate([global_crop, crops]),
-        mask_MPP=np.concatenate([full, _tiles(mask, patches)[:, 0]]),
+        mask_MPP=np.concatenate([full, tiles(mask, patches)[:, 0]]),
         height_crops=grid.rows,
         width_crops=grid.columns,
     )
@@ -240,7 +240,7 @@ def _normalised_grid(
     return pixels_CHW
 
 
-def _tiles(planes_CHW: NDArray[Any], side: int) -> NDArray[Any]:
+def tiles(planes_CHW: NDArray[Any], side: int) -> NDArray[Any]:
     """Square tiles of stacked planes, row by row, [M, C, side, side]."""
     planes, height, width = planes_CHW.shape
     grid = planes_CHW.reshape(planes, height // side, side, width // side, side)

@@ -247,6 +247,11 @@ class Crops(Layout, Protocol):
         ...
 
 
+def pool_patches(features_MTD: Tensor, *, side: int) -> Tensor:
+    """The means of 2 x 2 patches, [M, Q, Q, D]; `side` is Q."""
+    return features_MTD.unflatten(1, (side, 2, side, 2)).mean((2, 4))
+
+
 class ImageEmbedder(nn.Module):
     """Images as rows of decoder inputs.
 
@@ -305,7 +310,7 @@ class ImageEmbedder(nn.Module):
         """Features of the crops, averaged over 2 x 2 patches, [M, Q, Q, D]."""
         side = mask_MPP.shape[1] // 2
         features_MTD = self.patch_features(pixels_MCHW, mask_MPP)
-        return features_MTD.unflatten(1, (side, 2, side, 2)).mean((2, 4))
+        return pool_patches(features_MTD, side=side)
 
     def arrange(self, features_MQQD: Tensor, mask_MPP: Tensor, *, width_crops: int) -> Tensor:
         """The features of one image as a sequence: crops, separator, whole picture."""

@@ -33,6 +33,7 @@ from phikit.base.types import Batch, Example
 from phikit.data.media.marks import IGNORED, NOTHING, MarkedImage
 from phikit.models.decoder import Decoder
 from phikit.models.senses import Hearing, Sight
+from phikit.nn.vision import pool_patches
 from phikit.train.media import MediaSFTConfig, MediaSFTObjective
 from phikit.train.objective import LossOutput
 
@@ -91,9 +92,7 @@ class MarksObjective(MediaSFTObjective):
         assert isinstance(sight, Sight), "only sight has patches"
         self.meanings_CD = meanings_CD
         self.weights_C = _balanced(examples, classes=classes, power=marks.balance)
-        model.namer = _linear(sight.img_projection_up.in_features, classes, seed=seed).to(
-            model.device
-        )
+        _add_namer(model, sight.img_projection_up.in_features, classes, seed=seed)
 
     def weight(self, batch: Batch) -> float:
         labels = np.concatenate([image.labels_MPP.ravel() for image in _images(batch)])
@@ -112,32 +111,16 @@ class MarksObjective(MediaSFTObjective):
             torch.from_numpy(pixels).to(device, namer.weight.dtype),
             torch.from_numpy(masks).to(device),
         )
-        logits_SC = namer(features_MTD).flatten(0, 1)
+        logits_MTC = namer(features_MTD)
+        logits_SC = logits_MTC.flatten(0, 1)
         labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(device).flatten()
         weights = self.weights_C.to(device)
         total = F.cross_entropy(logits_SC, labels_S, weight=weights, reduction="sum")
         if self.meanings_CD is not None:
-            total = total + self._said(sight, features_MTD, namer, self.meanings_CD)
+            total = total + _shown(sight, features_MTD, logits_MTC, self.meanings_CD)
         is_shown_S = labels_S != NOTHING
         right = (logits_SC.argmax(-1) == labels_S)[is_shown_S].float().mean().nan_to_num()
         return LossOutput(total, {"named": right * self.weight(batch)})
-
-    def _said(
-        self, sight: Sight, features_MTD: Tensor, namer: nn.Linear, meanings_CD: Tensor
-    ) -> Tensor:
-        """How far the projector is from saying what the patches of each token are named."""
-        side = round(features_MTD.shape[1] ** 0.5) // 2
-        features_MTD = features_MTD.detach()
-        *meanings, end = meanings_CD
-        names_MTD = namer(features_MTD).softmax(-1).detach() @ torch.stack(meanings)
-        features_SD, names_SD = (
-            each.unflatten(1, (side, 2, side, 2)).mean((2, 4)).flatten(0, 2)
-            for each in (features_MTD, names_MTD)
-        )
-        ends_SD = torch.cat([part.flatten(0, -2) for part in sight.separators])
-        total = _distance(sight.project(features_SD), names_SD, meanings_CD)
-        # Once for every crop, so that a sum over micro-batches is the sum over the step.
-        return total + len(features_MTD) * _distance(sight.project(ends_SD), end, meanings_CD)
 
 
 class CTCObjective(MediaSFTObjective):
@@ -175,9 +158,7 @@ class CTCObjective(MediaSFTObjective):
         hearing = model.senses[SPEECH]
         assert isinstance(hearing, Hearing), "only hearing has frames"
         self.units, self.meanings_CD = units, meanings_CD
-        model.namer = _linear(hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed).to(
-            model.device
-        )
+        _add_namer(model, hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed)
 
     def weight(self, batch: Batch) -> float:
         return float(sum(map(len, self._said(batch))))
@@ -208,6 +189,20 @@ class CTCObjective(MediaSFTObjective):
             [self.units[token] for token in row[row >= 0].tolist()[:-1]]
             for row in batch.targets_BT.cpu()
         ]
+
+
+def _shown(sight: Sight, features_MTD: Tensor, logits_MTC: Tensor, meanings_CD: Tensor) -> Tensor:
+    """How far the projector is from saying what the patches of each token are named."""
+    side = round(features_MTD.shape[1] ** 0.5) // 2
+    names_MTD = logits_MTC.detach().softmax(-1) @ meanings_CD[:-1]
+    features_SD, names_SD = (
+        pool_patches(each, side=side).flatten(0, 2) for each in (features_MTD.detach(), names_MTD)
+    )
+    ends_SD = torch.cat([part.flatten(0, -2) for part in sight.separators])
+    total = _distance(sight.project(features_SD), names_SD, meanings_CD)
+    # Once for every crop, so that a sum over micro-batches is the sum over the step.
+    ends = _distance(sight.project(ends_SD), meanings_CD[-1], meanings_CD)
+    return total + len(features_MTD) * ends
 
 
 def _spoken(
@@ -254,8 +249,8 @@ def _images(batch: Batch) -> list[MarkedImage]:
     return [image for media in batch.media or () if media for image in media.images]
 
 
-def _linear(width: int, classes: int, *, seed: int) -> nn.Linear:
-    """A linear layer whose draw disturbs no other."""
+def _add_namer(model: Decoder, width: int, classes: int, *, seed: int) -> None:
+    """Give the model its linear layer, whose draw disturbs no other."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(width, classes)
+        model.namer = nn.Linear(width, classes).to(model.device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phikit.chat.image import Grid, ImageCrops, fit
+from phikit.chat.image import Grid, ImageCrops, fit, tiles
 from phikit.data.media.canvas import Mark
 
 IGNORED = -100
@@ -61,8 +61,7 @@ def marked(
             down = slice(_first_centre(mark.top * per_y), _first_centre(mark.bottom * per_y))
             across = slice(_first_centre(mark.left * per_x), _first_centre(mark.right * per_x))
             labels[down, across] = classes[mark.name]
-    tiles = labels.reshape(rows, patches, columns, patches).swapaxes(1, 2)
-    labels_MPP = tiles.reshape(-1, patches, patches)
+    labels_MPP = tiles(labels[None], patches)[:, 0]
     is_shrunk = len(labels_MPP) > 1
     whole = np.full_like(labels_MPP[:1], IGNORED) if is_shrunk else labels_MPP
     return MarkedImage(
