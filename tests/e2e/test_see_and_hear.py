@@ -48,6 +48,7 @@ SETTINGS = {
 FAMILIES = {
     "see": {"digit": 4, "text": 4},
     "hear": {"spoken_digits": 4},
+    "name": {"digit": 4},
     "vision1": {"digit": 8},
     "vision2": {"text": 4},
     "vision3": {"digit": 4, "chart": 2},
@@ -60,7 +61,7 @@ for stage, families in FAMILIES.items():
     SETTINGS[f"stages.{stage}.source.families"] = json.dumps(families)
     SETTINGS[f"stages.{stage}.sft.examples_per_step"] = 4
     SETTINGS[f"stages.{stage}.sft.micro_examples"] = 4
-    if stage in ("see", "hear"):
+    if stage in ("see", "hear", "name"):
         SETTINGS[f"stages.{stage}.loop.epochs"] = 1
 TINY = tuple(part for path, value in SETTINGS.items() for part in ("--set", f"{path}={value}"))
 
@@ -77,7 +78,7 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
     held_out = {"digit", "text", "spoken_digits", "spoken_scene"}
     assert {*results["stages"][0]["senses"]} == {*results["stages"][-1]["senses"]} == held_out
     assert {*results["chance"]} == held_out
-    assert results["stages"][3]["senses"]["digit"]["measure"] == "exact match"
+    assert results["stages"][4]["senses"]["digit"]["measure"] == "exact match"
     assert results["stages"][-1]["items"] == {"read": 6, "faults": []}
     assert "spoken_scene" in done.stdout and "Chance" in done.stdout
     page = (out / "report.html").read_text()

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,13 +19,16 @@ from phikit.base.errors import DataError
 from phikit.base.media import Media
 from phikit.base.types import Example
 from phikit.chat.image import load_image
+from phikit.data.media import canvas
 from phikit.data.media.canvas import Mark
-from phikit.data.media.marks import IGNORED, NOTHING, MarkedImage, mark_classes, marked
+from phikit.data.media.marks import MarkedImage, mark_classes, marked
 from phikit.models.decoder import Decoder
+from phikit.models.senses import Sight
+from phikit.recipes.see_and_hear import vision
 from phikit.train.encoders import (
     CTCObjective,
-    MarksConfig,
     MarksObjective,
+    in_order,
     meanings,
     reply_units,
 )
@@ -33,41 +38,89 @@ from phikit.weights.surgery import parts, train_only
 
 Image = pytest.importorskip("PIL.Image", reason="pip install phikit[media]")
 SFT = MediaSFTConfig(examples_per_step=4, micro_examples=2)
-OPTIM = OptimConfig(adam_lr=0.02)
+OPTIM = OptimConfig(adam_lr=0.005)
 
 
 @given(
     size=st.tuples(st.integers(20, 150), st.integers(20, 90)),
-    box=st.tuples(*[st.floats(0, 1)] * 4),
+    boxes=st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=6),
 )
-def test_a_patch_is_named_by_what_lies_at_its_centre(size, box):
+def test_marks_are_named_where_they_lie(size, boxes):
     width, height = size
-    left, right = sorted((box[0] * width, box[1] * width))
-    top, bottom = sorted((box[2] * height, box[3] * height))
-    picture = Image.new("RGB", size, (255, 255, 255))
-    cut = load_image(picture, crop_size=28, patch_size=7, max_crops=100)
-    mark = Mark("a", left, top, right, bottom)
-    labels = marked(cut, [mark, Mark("unknown", 0, 0, 9, 9)], size=size, classes={"a": 1})
+    marks = [
+        Mark("a", *(low * width, top * height, high * width, bottom * height))
+        for x, y, to_x, to_y in boxes
+        for (low, high), (top, bottom) in [(sorted((x, to_x)), sorted((y, to_y)))]
+    ]
+    cut = load_image(
+        Image.new("RGB", size, (255, 255, 255)), crop_size=28, patch_size=7, max_crops=100
+    )
+    named = marked(cut, [*marks, Mark("unknown", 0, 0, 9, 9)], size=size, classes={"a": 1})
     scale = min(28 * cut.width_crops / width, 28 * cut.height_crops / height)
-    stitched = labels.labels_MPP[1:].reshape(cut.height_crops, cut.width_crops, 4, 4)
-    for row, column in np.ndindex(4 * cut.height_crops, 4 * cut.width_crops):
-        x, y = 7 * (column + 0.5) / scale, 7 * (row + 0.5) / scale
-        edges = np.array([x - left, right - x, y - top, bottom - y])
-        if (np.abs(edges) > 1).all():  # the picture is scaled to whole pixels
-            said = stitched[row // 4, column // 4, row % 4, column % 4]
-            assert said == (1 if (edges > 0).all() else NOTHING)
-    is_shrunk = cut.height_crops * cut.width_crops > 1
-    assert (labels.labels_MPP[0] == IGNORED).all() == is_shrunk
+    across = 2 * cut.width_crops
+    assert len(named.classes_U) <= len(marks) and (named.classes_U == 1).all()
+    middles = [scale * (mark.left + mark.right) / 28 for mark in marks]
+    if len(named.classes_U) == len(marks):
+        for first, last in named.spans_U2:
+            start, stop = first % across, (last - 1) % across + 1
+            assert any(start - 0.1 <= middle <= stop + 0.1 for middle in middles)
+    free = 0
+    for first, last in named.spans_U2:  # each can be named by a token of its own, in order
+        assert first // across == (last - 1) // across
+        free = max(first, free) + 1
+        assert free <= last
+
+
+def test_a_word_is_named_letter_by_letter():
+    """In the order of reading, also letters of which two lie in one token."""
+    style = canvas.draw_style(np.random.default_rng(3), "train")
+    drawn = canvas.words("Billet 480", style, np.random.default_rng(0), pixels=30)
+    size = (drawn.picture.shape[1], drawn.picture.shape[0])
+    classes = mark_classes([drawn.marks])
+    shown = marked(vision().prepare(drawn.picture), drawn.marks, size=size, classes=classes)
+    names = {number: name for name, number in classes.items()}
+    assert "".join(names[label] for label in shown.classes_U) == "Billet480"
+
+
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 6), marks=st.integers(0, 3))
+def test_the_probability_of_names_is_that_of_all_ways_to_say_them(seed, tokens, marks):
+    random = np.random.default_rng(seed)
+    pictures, wanted = [], []
+    for picture in range(2):  # of different lengths, so that one is padded
+        count, asked = tokens + picture, min(marks, tokens)
+        log_probs = torch.tensor(random.normal(size=(count, 4))).log_softmax(-1)
+        classes = random.integers(1, 4, size=asked)
+        first = random.integers(0, count, size=asked)
+        spans = np.stack([first, random.integers(first, count) + 1], axis=-1)
+        total = 0.0
+        for places in combinations(range(count), asked):
+            if all(span[0] <= place < span[1] for place, span in zip(places, spans, strict=True)):
+                said = np.zeros(count, np.int64)
+                said[list(places)] = classes
+                total += float(log_probs[torch.arange(count), torch.tensor(said)].sum().exp())
+        pictures.append((log_probs, torch.tensor(classes), torch.tensor(spans)))
+        wanted.append(total)
+    found = in_order(*([*each] for each in zip(*pictures, strict=True))).exp()
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-8)
 
 
 def sights(model: Decoder) -> list[Example]:
-    """Pictures of noise whose brighter patches are of class 1."""
+    """Pictures of noise with one or two brighter tokens."""
     rows = []
     for seed in range(8):
-        shown = image(seed)
-        patches = shown.pixels_MCHW.reshape(2, 3, 4, 7, 4, 7).mean((1, 3, 5))
-        labels = (patches > 0).astype(np.int64)
-        named = MarkedImage(shown.pixels_MCHW, shown.mask_MPP, 1, 1, labels_MPP=labels)
+        shown, random = image(seed), np.random.default_rng(seed)
+        places = np.sort(random.choice(4, size=1 + seed % 2, replace=False))
+        light = np.zeros(4, np.float32)
+        light[places] = 1
+        spread = light.reshape(2, 2).repeat(14, axis=0).repeat(14, axis=1)
+        named = MarkedImage(
+            shown.pixels_MCHW + spread,
+            shown.mask_MPP,
+            1,
+            1,
+            classes_U=np.ones(len(places), np.int64),
+            spans_U2=np.stack([places, places + 1], axis=-1),
+        )
         rows.append(example(model, Media(images=(named,)), seed=seed))
     return rows
 
@@ -84,10 +137,7 @@ def sounds(model: Decoder) -> list[Example]:
 
 def marks_objective(model: Decoder, *, classes: int = 2, speaks: bool = False) -> MarksObjective:
     said = meanings(model, [[7], [8, 9], [10]]) if speaks else None
-    config = MarksConfig()
-    return MarksObjective(
-        model, sights(model), SFT, config, classes=classes, meanings_CD=said, seed=0
-    )
+    return MarksObjective(model, sights(model), SFT, classes=classes, meanings_CD=said, seed=0)
 
 
 def ctc_objective(model: Decoder, *, speaks: bool = False) -> CTCObjective:
@@ -128,6 +178,24 @@ def test_micro_batches_change_nothing(name, tiny_model: Callable[..., Decoder]):
     [batch] = objective.step_data(0).batches
     assert objective.weight(batch) == pytest.approx(sum(map(objective.weight, batches)))
     assert float(objective.loss(model, batch).total.detach()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_tower_that_does_not_learn_sees_a_picture_once(
+    tiny_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+):
+    losses, looks = [], []
+    for learnt in (("encoder", "projector"), ("projector",)):
+        model = taught(tiny_model(), *MODALITIES[:2])
+        train_only(model, {"vision": learnt})
+        objective = marks_objective(model, speaks=True)
+        sight = model.senses["vision"]
+        assert isinstance(sight, Sight)
+        looked = Mock(wraps=sight.crop_features)
+        monkeypatch.setattr(sight, "crop_features", looked)
+        batch = objective.step_data(0).batches[0]
+        losses += [float(objective.loss(model, batch).total.detach()) for _ in range(2)]
+        looks.append(looked.call_count)
+    assert looks == [2, 1] and len(set(losses)) == 1
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -129,3 +129,22 @@ def test_muon_takes_the_published_step():
         optimiser.step(0.5)
     for name in names:
         assert torch.allclose(parameters[name], weights[name], atol=3e-4), name
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_a_module_may_go_at_another_rate(muon_lr: float | None):
+    """Named parts of the model move by their factor, all others as they would."""
+    moved = []
+    for scales in ({}, {"self_attn": 0.1}):
+        model = tiny_model()
+        config = OptimConfig(adam_lr=1e-3, muon_lr=muon_lr, clip_norm=None, scales=scales)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimiser = Optimiser(model.named_parameters(), config)
+        set_gradients(model, 0)
+        optimiser.accumulate()
+        optimiser.step(1.0)
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    assert any(".self_attn." in name for name in moved[0])
+    for name, distance in moved[0].items():
+        factor = 0.1 if ".self_attn." in name else 1.0
+        torch.testing.assert_close(moved[1][name], factor * distance, rtol=0.02, atol=2e-6)

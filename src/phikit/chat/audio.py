@@ -131,6 +131,13 @@ def mel_filters() -> NDArray[np.float64]:
     return filters
 
 
+@cache
+def mel_centres() -> NDArray[np.float64]:
+    """Where the bands have their middle, in Hz, [80]."""
+    mels = _mel(TOP_HZ) / (NUM_MELS + 1) * np.arange(1, NUM_MELS + 1)
+    return 700.0 * np.expm1(mels / 1127.0)
+
+
 def _mel(hz: Any) -> Any:
     return 1127.0 * np.log1p(hz / 700.0)
 

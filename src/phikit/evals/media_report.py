@@ -19,6 +19,7 @@ from phikit.base.errors import MissingExtraError, RunError
 from phikit.base.media import SPEECH, VISION
 from phikit.chat.audio import RATE_HZ, audio_clip
 from phikit.data.media.problem import MediaProblem
+from phikit.evals.sense_plot import senses_svg
 
 WAVE_POINTS = 300
 """Columns of a waveform."""
@@ -118,7 +119,8 @@ def _text_model(stages: Sequence[Mapping[str, Any]]) -> str:
     else:
         words = f"the text model CHANGED in {', '.join(changed)}: its loss on text went from "
         words += f"{losses[0]:.4f} to {losses[-1]:.4f} nats a token"
-    return f"<p class=notes><b>{escape(words)}</b></p>"
+    drawn = senses_svg(known) if len(known) > 1 else ""
+    return f"<p class=notes><b>{escape(words)}</b></p>{drawn}"
 
 
 def _faults(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.config import Config
@@ -57,6 +57,8 @@ class VisionConfig(Config):
     """Channels of 3 x 3 convolutions of stride 2 that take the place of SigLIP's one patch
     embedding. A tower that starts from nothing learns much faster with them (Xiao et al., 2021,
     arXiv 2106.14881), as a glyph then looks the same wherever it lies in its patch."""
+    stem_blocks: NonNegativeInt = 0
+    """Residual 3 x 3 convolutions behind each of those, at its size."""
 
     @property
     def patches_per_side(self) -> int:
@@ -104,11 +106,23 @@ class VisionEmbeddings(nn.Module):
         return patches_MTD + self.position_embedding(positions_MT)
 
 
+class ResidualConvolution(nn.Module):
+    """A 3 x 3 convolution whose result is added to what goes in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_MCHW: Tensor) -> Tensor:
+        return x_MCHW + F.gelu(self.conv(x_MCHW))
+
+
 def convolutional_stem(config: VisionConfig) -> nn.Sequential:
     """Pixels to patches of `d_model`, by steps of half the size."""
     layers: list[nn.Module] = []
     for before, channels in pairwise((3, *config.stem)):
         layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.GELU()]
+        layers += [ResidualConvolution(channels) for _ in range(config.stem_blocks)]
     return nn.Sequential(*layers, nn.Conv2d(config.stem[-1], config.d_model, 1))
 
 
@@ -252,6 +266,12 @@ def pool_patches(features_MTD: Tensor, *, side: int) -> Tensor:
     return features_MTD.unflatten(1, (side, 2, side, 2)).mean((2, 4))
 
 
+def stitch(features_MQQD: Tensor, *, width_crops: int) -> Tensor:
+    """Crops put together as they lie in the picture, [rows, columns, D]."""
+    grid = features_MQQD.unflatten(0, (-1, width_crops))
+    return grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
 class ImageEmbedder(nn.Module):
     """Images as rows of decoder inputs.
 
@@ -316,8 +336,7 @@ class ImageEmbedder(nn.Module):
         """The features of one image as a sequence: crops, separator, whole picture."""
         rows = int(mask_MPP[1::width_crops, ::2, 0].sum())
         columns = int(mask_MPP[1 : 1 + width_crops, 0, ::2].sum())
-        grid = features_MQQD[1:].unflatten(0, (-1, width_crops))
-        stitched = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        stitched = stitch(features_MQQD[1:], width_crops=width_crops)
         return torch.cat(
             [
                 self._with_row_ends(stitched[:rows, :columns]),

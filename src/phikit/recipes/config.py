@@ -158,12 +158,10 @@ class MediaStage(_Stage):
         if self.alone is None:
             return self
         name = VISION if self.alone.kind == "marks" else SPEECH
-        learnt = set(self.learns.get(name, ()))
-        is_whole = "encoder" in learnt and "adapter" not in learnt
-        if {*self.learns} != {name} or not is_whole or self.reader is not None or self.backbone:
+        is_apart = "adapter" not in self.learns.get(name, ("adapter",))
+        if {*self.learns} != {name} or not is_apart or self.reader is not None or self.backbone:
             raise ValueError(
-                f"alone: {self.alone.kind} trains the encoder of {name}, and may train its "
-                "projectors beside"
+                f"alone: {self.alone.kind} trains the encoder of {name}, its projectors, or both"
             )
         if self.alone.kind == "marks" and self.source.kind != "media":
             raise ValueError(

@@ -101,10 +101,10 @@ def _alone(
     problems: Sequence[MediaProblem],
     seed: int,
 ) -> Prepared:
-    """An encoder by itself, in float32 whatever the model's type: it is small, and starts anew."""
+    """An encoder by itself. Hearing is in float32 whatever the model's type: it is small, and clips
+    are few; sight takes two thirds of the time in bfloat16."""
     [(name, learnt)] = stage.learns.items()
     model, encode = loaded.model, loaded.tokenizer.encode
-    model.senses[name].float()
     if isinstance(stage.alone, MarksConfig):
         classes = mark_classes(marks for problem in problems for marks in problem.marks)
         named = zip(examples, problems, strict=True)
@@ -114,12 +114,12 @@ def _alone(
             model,
             examples,
             stage.sft,
-            stage.alone,
             classes=len(classes) + 1,
             meanings_CD=meanings(model, names) if "projector" in learnt else None,
             seed=seed,
         )
     else:
+        model.senses[name].float()
         units = reply_units(examples)
         names = [encode(" "), *([token] for token in units)]
         said = meanings(model, names) if "projector" in learnt else None

@@ -1,9 +1,9 @@
 """Encoders learn by themselves, before a language model listens: their initialisation.
 
-A reply of three words says little about a hundred patches or frames, so an encoder that starts from
+A reply of three words says little about a hundred tokens or frames, so an encoder that starts from
 nothing would learn slowly through a decoder. What is drawn or spoken is known in more detail:
 
-- sight: which letter, shape or digit each patch shows, as classes (`data.media.marks`)
+- sight: which letters, shapes and digits there are, and about where (`data.media.marks`)
 - hearing: which words were said and in what order, as connectionist temporal classification
 
 Both put one linear layer on the encoder, which is thrown away. Phi-4-multimodal's encoders come
@@ -30,24 +30,23 @@ from phikit.base.device import Rank
 from phikit.base.errors import DataError
 from phikit.base.media import SPEECH, VISION
 from phikit.base.types import Batch, Example
-from phikit.data.media.marks import IGNORED, NOTHING, MarkedImage
+from phikit.data.media.marks import NOTHING, MarkedImage
 from phikit.models.decoder import Decoder
 from phikit.models.senses import Hearing, Sight
-from phikit.nn.vision import pool_patches
+from phikit.nn.vision import stitch
 from phikit.train.media import MediaSFTConfig, MediaSFTObjective
 from phikit.train.objective import LossOutput
 
 BLANK = 0
 """The unit of frames that say nothing new."""
+NEVER = -1e4
+"""Log-probability of what cannot be; minus infinity has no gradient."""
 
 
 class MarksConfig(Config):
-    """Sight: name what each patch shows."""
+    """Sight: every mark named once, in the order in which they are read."""
 
     kind: Literal["marks"] = "marks"
-    balance: float = 0.5
-    """A class weighs in by its count to the power of minus this: most patches show nothing at all,
-    and a shape covers as many as a line of letters."""
 
 
 class CTCConfig(Config):
@@ -57,7 +56,12 @@ class CTCConfig(Config):
 
 
 class MarksObjective(MediaSFTObjective):
-    """Cross-entropy of a linear layer on every patch's feature, whose images are `MarkedImage`s.
+    """A linear layer on every token's feature names the marks of pictures (`MarkedImage`).
+
+    The loss is minus the logarithm of the probability that the tokens, read row by row, name all
+    marks in their order, each once and by a token of its span, and that all others name nothing;
+    summed over the choices of tokens as in CTC, but without its repetitions: whoever reads the
+    tokens later could not tell a repeated name from a doubled letter.
 
     Gives the model that layer, as the module `namer`, before its optimiser is made.
 
@@ -75,7 +79,6 @@ class MarksObjective(MediaSFTObjective):
         model: Decoder,
         examples: Sequence[Example],
         config: MediaSFTConfig,
-        marks: MarksConfig,
         *,
         classes: int,
         meanings_CD: Tensor | None = None,
@@ -89,38 +92,109 @@ class MarksObjective(MediaSFTObjective):
             )
         super().__init__(examples, config, seed=seed, rank=rank)
         sight = model.senses[VISION]
-        assert isinstance(sight, Sight), "only sight has patches"
+        assert isinstance(sight, Sight), "only sight has such tokens"
         self.meanings_CD = meanings_CD
-        self.weights_C = _balanced(examples, classes=classes, power=marks.balance)
-        _add_namer(model, sight.img_projection_up.in_features, classes, seed=seed)
+        self._seen: dict[MarkedImage, Tensor] = {}
+        _add_namer(model, sight.img_projection_up, classes, seed=seed)
 
     def weight(self, batch: Batch) -> float:
-        labels = np.concatenate([image.labels_MPP.ravel() for image in _images(batch)])
-        return float(self.weights_C[labels[labels != IGNORED]].sum())
+        """Marks, and one more for every picture, which may have none."""
+        return float(sum(1 + len(image.classes_U) for image in _images(batch)))
 
     def loss(self, model: Decoder, batch: Batch) -> LossOutput:
         images = _images(batch)
-        labels_MPP = np.concatenate([image.labels_MPP for image in images])
-        is_asked_M = (labels_MPP != IGNORED).any((1, 2))
-        pixels = np.concatenate([image.pixels_MCHW for image in images])[is_asked_M]
-        masks = np.concatenate([image.mask_MPP for image in images])[is_asked_M]
         namer, sight = model.namer, model.senses[VISION]
         assert isinstance(namer, nn.Linear) and isinstance(sight, Sight)
         device = namer.weight.device
-        features_MTD = sight.patch_features(
-            torch.from_numpy(pixels).to(device, namer.weight.dtype),
-            torch.from_numpy(masks).to(device),
-        )
-        logits_MTC = namer(features_MTD)
-        logits_SC = logits_MTC.flatten(0, 1)
-        labels_S = torch.from_numpy(labels_MPP[is_asked_M]).to(device).flatten()
-        weights = self.weights_C.to(device)
-        total = F.cross_entropy(logits_SC, labels_S, weight=weights, reduction="sum")
+        features_MQQD = self._features(sight, images)
+        log_probs_MQQC = F.log_softmax(namer(features_MQQD).float(), -1)
+        crops = [len(image.pixels_MCHW) - 1 for image in images]
+        log_probs = [
+            stitch(of_image, width_crops=image.width_crops).flatten(0, 1)
+            for of_image, image in zip(log_probs_MQQC.split(crops), images, strict=True)
+        ]
+        total = -in_order(
+            log_probs,
+            [torch.from_numpy(image.classes_U).to(device) for image in images],
+            [torch.from_numpy(image.spans_U2).to(device) for image in images],
+        ).sum()
         if self.meanings_CD is not None:
-            total = total + _shown(sight, features_MTD, logits_MTC, self.meanings_CD)
-        is_shown_S = labels_S != NOTHING
-        right = (logits_SC.argmax(-1) == labels_S)[is_shown_S].float().mean().nan_to_num()
-        return LossOutput(total, {"named": right * self.weight(batch)})
+            names_SD = log_probs_MQQC.detach().flatten(0, 2).float().exp() @ self.meanings_CD[:-1]
+            said_SD = sight.project(features_MQQD.detach().flatten(0, 2))
+            ends_SD = sight.project(torch.cat([end.flatten(0, -2) for end in sight.separators]))
+            total = total + _distance(said_SD, names_SD, self.meanings_CD)
+            # Once for every crop, so that a sum over micro-batches is the sum over the step.
+            total = total + len(features_MQQD) * _distance(
+                ends_SD, self.meanings_CD[-1], self.meanings_CD
+            )
+        read = sum(
+            _named(of_image) == image.classes_U.tolist()
+            for of_image, image in zip(log_probs, images, strict=True)
+        )
+        return LossOutput(
+            total, {"read": total.new_tensor(read / len(images) * self.weight(batch))}
+        )
+
+    def _features(self, sight: Sight, images: Sequence[MarkedImage]) -> Tensor:
+        """Of all crops but the first, which shows the whole picture, shrunk; [M, Q, Q, D].
+
+        A tower that does not learn sees every picture once.
+        """
+        if any(parameter.requires_grad for parameter in sight.img_processor.parameters()):
+            return _looked_at(sight, images)
+        new = [image for image in images if image not in self._seen]
+        if new:
+            with torch.no_grad():
+                features_MQQD = _looked_at(sight, new)
+            crops = [len(image.pixels_MCHW) - 1 for image in new]
+            self._seen |= dict(zip(new, features_MQQD.split(crops), strict=True))
+        return torch.cat([self._seen[image] for image in images])
+
+
+def _looked_at(sight: Sight, images: Sequence[MarkedImage]) -> Tensor:
+    weight = sight.img_projection_up.weight
+    pixels = np.concatenate([image.pixels_MCHW[1:] for image in images])
+    masks = np.concatenate([image.mask_MPP[1:] for image in images])
+    return sight.crop_features(
+        torch.from_numpy(pixels).to(weight), torch.from_numpy(masks).to(weight.device)
+    )
+
+
+def in_order(
+    log_probs: Sequence[Tensor], classes: Sequence[Tensor], spans: Sequence[Tensor]
+) -> Tensor:
+    """Logarithm of the probability that tokens name classes in order, each once, [B].
+
+    The forward recursion of CTC without its repetitions, in float32.
+
+    Args:
+        log_probs: of each picture the names' log-probabilities by token, [T, C].
+        classes: of each picture what is to be named, [U], none of them `NOTHING`.
+        spans: the tokens that may name each, from the first up to, not including, the last, [U, 2].
+    """
+    device = log_probs[0].device
+    lengths = torch.tensor([len(each) for each in classes], device=device)
+    nothing_BT = pad_sequence([each[:, NOTHING].float() for each in log_probs], batch_first=True)
+    tokens, most = nothing_BT.shape[1], max(1, int(lengths.max()))
+    named = []
+    for log_probs_TC, classes_U, spans_U2 in zip(log_probs, classes, spans, strict=True):
+        places_T1 = torch.arange(len(log_probs_TC), device=device)[:, None]
+        is_open_TU = (places_T1 >= spans_U2[:, 0]) & (places_T1 < spans_U2[:, 1])
+        of_classes_TU = log_probs_TC[:, classes_U].float().masked_fill(~is_open_TU, NEVER)
+        missing = (0, most - len(classes_U), 0, tokens - len(log_probs_TC))
+        named.append(F.pad(of_classes_TU, missing, value=NEVER))
+    named_BTU = torch.stack(named)
+    forward_BU = F.pad(torch.zeros_like(nothing_BT[:, :1]), (0, most), value=NEVER)
+    for token in range(tokens):
+        waited_BU = forward_BU + nothing_BT[:, token, None]
+        went_BU = F.pad(forward_BU[:, :-1] + named_BTU[:, token], (1, 0), value=NEVER)
+        forward_BU = torch.logaddexp(waited_BU, went_BU)
+    return forward_BU.gather(1, lengths[:, None])[:, 0]
+
+
+def _named(log_probs_TC: Tensor) -> list[int]:
+    """The most probable name of each token, those of nothing left out."""
+    return [name for name in log_probs_TC.argmax(-1).tolist() if name != NOTHING]
 
 
 class CTCObjective(MediaSFTObjective):
@@ -158,7 +232,7 @@ class CTCObjective(MediaSFTObjective):
         hearing = model.senses[SPEECH]
         assert isinstance(hearing, Hearing), "only hearing has frames"
         self.units, self.meanings_CD = units, meanings_CD
-        _add_namer(model, hearing.up_proj_for_speech.in_features, len(units) + 1, seed=seed)
+        _add_namer(model, hearing.up_proj_for_speech, len(units) + 1, seed=seed)
 
     def weight(self, batch: Batch) -> float:
         return float(sum(map(len, self._said(batch))))
@@ -191,20 +265,6 @@ class CTCObjective(MediaSFTObjective):
         ]
 
 
-def _shown(sight: Sight, features_MTD: Tensor, logits_MTC: Tensor, meanings_CD: Tensor) -> Tensor:
-    """How far the projector is from saying what the patches of each token are named."""
-    side = round(features_MTD.shape[1] ** 0.5) // 2
-    names_MTD = logits_MTC.detach().softmax(-1) @ meanings_CD[:-1]
-    features_SD, names_SD = (
-        pool_patches(each, side=side).flatten(0, 2) for each in (features_MTD.detach(), names_MTD)
-    )
-    ends_SD = torch.cat([part.flatten(0, -2) for part in sight.separators])
-    total = _distance(sight.project(features_SD), names_SD, meanings_CD)
-    # Once for every crop, so that a sum over micro-batches is the sum over the step.
-    ends = _distance(sight.project(ends_SD), meanings_CD[-1], meanings_CD)
-    return total + len(features_MTD) * ends
-
-
 def _spoken(
     hearing: Hearing, heard: Sequence[Tensor], namer: nn.Linear, meanings_CD: Tensor
 ) -> Tensor:
@@ -234,23 +294,12 @@ def reply_units(examples: Sequence[Example]) -> dict[int, int]:
     return {token: number for number, token in enumerate(sorted(said), start=1)}
 
 
-def _balanced(examples: Sequence[Example], *, classes: int, power: float) -> Tensor:
-    """Weights of the classes, whose mean over all patches is 1."""
-    counts = np.zeros(classes, np.int64)
-    for example in examples:
-        for image in example.media.images if example.media else ():
-            labels = image.labels_MPP[image.labels_MPP != IGNORED]
-            counts += np.bincount(labels, minlength=classes)
-    weights = np.maximum(counts, 1.0) ** -power
-    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
-
-
 def _images(batch: Batch) -> list[MarkedImage]:
     return [image for media in batch.media or () if media for image in media.images]
 
 
-def _add_namer(model: Decoder, width: int, classes: int, *, seed: int) -> None:
-    """Give the model its linear layer, whose draw disturbs no other."""
+def _add_namer(model: Decoder, beside: nn.Linear, classes: int, *, seed: int) -> None:
+    """Give the model a linear layer on what `beside` takes, whose draw disturbs no other."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.namer = nn.Linear(width, classes).to(model.device)
+        model.namer = nn.Linear(beside.in_features, classes).to(beside.weight)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from phikit.base.config import Config
@@ -37,6 +38,14 @@ class OptimConfig(Config):
     decay: float = 0.0
     """Share of the steps, at the end, over which it falls linearly to `final`."""
     final: float = 0.0
+    scales: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Factors of the learning rates for the parameters of the modules that are named, each by one
+    part of a path: `{"img_processor": 0.1}`. The first that fits counts."""
+
+    def scale(self, name: str) -> float:
+        """The factor for the parameter of this name."""
+        parts = name.split(".")
+        return next((factor for part, factor in self.scales.items() if part in parts), 1.0)
 
     def rate(self, step: int, steps: int) -> float:
         """Multiplier of the learning rates at `step` of `steps`, in (0, 1]."""
@@ -55,10 +64,13 @@ class Optimiser:
         for name, parameter in named:
             is_muons = config.muon_lr is not None and _is_matrix(name, parameter)
             shape = "x".join(map(str, parameter.shape))
-            key = f"muon.{shape}" if is_muons else f"adam.{name}"
+            scale = config.scale(name)
+            of = shape if scale == 1 else f"{shape}@{scale:g}"
+            key = f"muon.{of}" if is_muons else f"adam.{name}"
             by_shape.setdefault(key, []).append((name, parameter))
         self.groups = {key: [p for _, p in members] for key, members in by_shape.items()}
         self.names = {key: [n for n, _ in members] for key, members in by_shape.items()}
+        self.scales = {key: config.scale(names[0]) for key, names in self.names.items()}
         self.master = {
             k: torch.stack([p.detach().float() for p in g]) for k, g in self.groups.items()
         }
@@ -91,7 +103,7 @@ class Optimiser:
         self.steps += 1
         for key, gradient in self.gradient.items():
             update = self._muon if key.startswith("muon") else self._adam
-            update(key, gradient, rate)
+            update(key, gradient, rate * self.scales[key])
             gradient.zero_()
             with torch.no_grad():
                 for master, parameter in zip(self.master[key], self.groups[key], strict=True):

@@ -1,24 +1,26 @@
-"""Speech made harder: noise, another pace, masked bands and stretches of its spectrogram.
+"""Speech made harder: noise, another pace, another throat, masked parts of its spectrogram.
 
 Sources: SpecAugment (Park et al., 2019, arXiv 1904.08779), without its time warping, which they
-found to matter least; speed perturbation (Ko et al., 2015).
+found to matter least; speed perturbation (Ko et al., 2015); vocal tract length perturbation (Jaitly
+and Hinton, 2013).
 """
 
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from phikit.base.config import Config
 from phikit.base.errors import MissingExtraError
-from phikit.chat.audio import RATE_HZ, AudioClip
+from phikit.chat.audio import RATE_HZ, AudioClip, mel_centres
 from phikit.data.media.speak import Samples
 
 SPEEDS = (0.9, 1.0, 1.1)
 
 
 class SpecAugmentConfig(Config):
-    """How much of a spectrogram is hidden; the defaults are mild, for clips of a few seconds."""
+    """How a spectrogram is altered; the defaults are mild, for clips of a few seconds."""
 
     bands: int = 2
     """Stretches of neighbouring mel bands."""
@@ -27,13 +29,18 @@ class SpecAugmentConfig(Config):
     times: int = 2
     max_share: float = 0.1
     """Longest of them, of the clip."""
+    throat: float = Field(default=0.0, ge=0, lt=1)
+    """Up to this share the vocal tract becomes shorter or longer, and all frequencies higher or
+    lower with it: as many speakers more."""
 
 
 def spec_augment(
     clip: AudioClip, config: SpecAugmentConfig, *, random: np.random.Generator
 ) -> AudioClip:
-    """The clip with some bands and some moments at its mean; the length stays."""
+    """The clip from another throat, some bands and some moments at its mean; the length stays."""
     features_TF = clip.features_TF.copy()
+    if config.throat:
+        features_TF = from_throat(features_TF, 1 + random.uniform(-config.throat, config.throat))
     mean = features_TF.mean()
     frames, mels = features_TF.shape
     for _ in range(config.bands):
@@ -45,6 +52,17 @@ def spec_augment(
         start = int(random.integers(0, frames - width + 1))
         features_TF[start : start + width] = mean
     return replace(clip, features_TF=features_TF)
+
+
+def from_throat(features_TF: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+    """Log-mel energies [T, F] with all frequencies times `factor`; the ends are drawn out."""
+    centres = mel_centres()
+    places = np.interp(centres / factor, centres, np.arange(len(centres)))
+    below = places.astype(np.int64)
+    above = np.minimum(below + 1, len(centres) - 1)
+    share = (places - below).astype(np.float32)
+    drawn_TF = features_TF[:, below] * (1 - share) + features_TF[:, above] * share
+    return drawn_TF.astype(np.float32)
 
 
 def with_noise(samples: Samples, *, snr_db: float, random: np.random.Generator) -> Samples:

@@ -92,21 +92,22 @@ def words(text: str, style: Style, random: np.random.Generator, *, pixels: int =
 def bars(
     labels: Sequence[str], values: Sequence[int], style: Style, random: np.random.Generator
 ) -> Drawn:
-    """A bar chart with a label under each bar and its value above it."""
-    width, height, pixels = 36, 56, int(random.integers(20, 24))
+    """A bar chart whose bars lie, with a label before each and its value behind it."""
+    pixels = int(random.integers(24, 29))
     made = fonts.font(style.file, pixels)
-    image, draw = _blank((width * len(values) + 12, height + 56), style.paper)
-    base, top = height + 28, max(values)
-    draw.line([(4, base), (width * len(values) + 8, base)], fill=style.ink)
+    axis, longest, row = pixels + 4, 40, pixels + 5
+    size = (axis + longest + 2 * pixels, row * len(values) + 6)
+    image, draw = _blank(size, style.paper)
+    draw.line([(axis, 2), (axis, size[1] - 2)], fill=style.ink)
     colours = PALETTES[style.palette]
     first = int(random.integers(len(colours)))
     marks: list[Mark] = []
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
-        x, y = 14 + width * i, base - round(height * value / (top * 1.1))
-        draw.rectangle([x, y, x + width - 16, base], fill=colours[(first + i) % len(colours)])
-        middle = x + (width - 16) / 2
-        marks += _write(draw, (middle, y - 1), str(value), made, style.ink, anchor="mb")
-        marks += _write(draw, (middle, base + 2), label, made, style.ink, anchor="mt")
+        y, end = 3 + row * (i + 0.5), axis + 1 + round(longest * value / max(values))
+        fill = colours[(first + i) % len(colours)]
+        draw.rectangle([axis + 1, y - 0.3 * row, end, y + 0.3 * row], fill=fill)
+        marks += _write(draw, (axis - 5, y), label, made, style.ink, anchor="rm")
+        marks += _write(draw, (end + 6, y), str(value), made, style.ink, anchor="lm")
     return Drawn(noisy(image, random), tuple(marks))
 
 
@@ -149,7 +150,11 @@ class Shape(NamedTuple):
 def shapes(
     things: Sequence[Shape], random: np.random.Generator, *, cell: int = 32, grid: int = 3
 ) -> Drawn:
-    """Shapes in a grid of cells, each of its own size within its cell."""
+    """Shapes in a grid of cells, each of its own size within its cell.
+
+    The left of a shape's upper half is marked with its colour, and the right with its form, as if
+    it were written there.
+    """
     image, draw = _blank((grid * cell, grid * cell), _colour(random, 225, 256))
     marks: list[Mark] = []
     for thing in things:
@@ -166,7 +171,8 @@ def shapes(
             draw.rectangle(box, fill=fill)
         else:
             draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=fill)
-        marks.append(Mark(f"{thing.colour} {thing.form}", *box))
+        marks.append(Mark(f" {thing.colour}", box[0], box[1], x, y))
+        marks.append(Mark(f" {thing.form}", x, box[1], box[2], y))
     return Drawn(noisy(image, random), tuple(marks))
 
 

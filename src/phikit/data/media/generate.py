@@ -24,7 +24,7 @@ from phikit.data.media.speak import draw_voice, speak
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
-VERSION = "2"
+VERSION = "3"
 MOST_TRIES = 10_000
 """Drafts of one problem until one is of the split."""
 
@@ -85,7 +85,7 @@ def draft_text(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        drawn = canvas.words(text, style, random, pixels=int(random.integers(24, 33)))
+        drawn = canvas.words(text, style, random, pixels=int(random.integers(28, 37)))
         return _seen(drawn, styles=style.names[:1])
 
     return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
@@ -126,8 +126,8 @@ def draft_table(random: np.random.Generator) -> Draft:
 
 
 def draft_scene(random: np.random.Generator) -> tuple[list[canvas.Shape], str]:
-    """Shapes in a grid of nine, and what they are, as text."""
-    places = random.choice(9, size=int(random.integers(1, 7)), replace=False)
+    """One to four shapes in a grid of nine, and what they are, as text."""
+    places = random.choice(9, size=int(random.integers(1, 5)), replace=False)
     things = [
         canvas.Shape(
             canvas.any_of(random, canvas.SHAPES),
@@ -141,19 +141,25 @@ def draft_scene(random: np.random.Generator) -> tuple[list[canvas.Shape], str]:
 
 def about_scene(random: np.random.Generator, things: Sequence[canvas.Shape]) -> tuple[str, str]:
     """A question about a scene, and its answer."""
-    kind, form = int(random.integers(3)), canvas.any_of(random, canvas.SHAPES)
+    kind, form = int(random.integers(4)), canvas.any_of(random, canvas.SHAPES)
+    alone = [thing for thing in things if _is_alone(thing, things, of=("form", "colour")[kind % 2])]
     if kind == 0:
         return "How many shapes are there?", str(len(things))
-    if kind == 1:
+    if kind == 1 or not alone:
         return f"How many {form}s are there?", str(sum(t.form == form for t in things))
-    thing = things[int(random.integers(len(things)))]
-    rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
-    where = f"{rows[thing.row]} {columns[thing.column]}"
-    return f"What color is the shape in the {where}?", thing.colour
+    thing = alone[int(random.integers(len(alone)))]
+    if kind == 2:
+        return f"What color is the {thing.form}?", thing.colour
+    return f"What shape is {thing.colour}?", thing.form
+
+
+def _is_alone(thing: canvas.Shape, things: Sequence[canvas.Shape], *, of: str) -> bool:
+    """Whether no other thing has its form, or its colour."""
+    return sum(getattr(other, of) == getattr(thing, of) for other in things) == 1
 
 
 def draft_shapes(random: np.random.Generator) -> Draft:
-    """Counting, and colour by place."""
+    """Counting, and what a form's colour or a colour's form is."""
     things, signature = draft_scene(random)
     question, answer = about_scene(random, things)
 
@@ -171,7 +177,7 @@ def draft_pages(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         styles = [canvas.draw_style(random, split) for _ in texts]
         drawn = [
-            canvas.words(text, style, random, pixels=int(random.integers(24, 33)))
+            canvas.words(text, style, random, pixels=int(random.integers(28, 37)))
             for text, style in zip(texts, styles, strict=True)
         ]
         return _seen(*drawn, styles=tuple(style.names[0] for style in styles))

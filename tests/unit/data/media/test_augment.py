@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
-from phikit.chat.audio import AudioClip
-from phikit.data.media.augment import SpecAugmentConfig, at_speed, spec_augment, with_noise
+from phikit.chat.audio import RATE_HZ, AudioClip, audio_clip, mel_centres
+from phikit.data.media.augment import (
+    SpecAugmentConfig,
+    at_speed,
+    from_throat,
+    spec_augment,
+    with_noise,
+)
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.float32)
 
@@ -46,3 +52,16 @@ def test_speed_changes_length_and_pitch(speed: float):
     assert len(faster) == pytest.approx(16_000 / speed, abs=2)
     peak = np.abs(np.fft.rfft(faster)).argmax() * 16_000 / len(faster)
     assert peak == pytest.approx(440 * speed, abs=2)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
+def test_another_throat_moves_a_tone(factor: float):
+    tone_hz = 1000.0
+    samples = (0.3 * np.sin(2 * np.pi * tone_hz * np.arange(RATE_HZ) / RATE_HZ)).astype(np.float32)
+    features_TF = audio_clip(samples, where="a tone").features_TF
+    moved_TF = from_throat(features_TF, factor)
+    assert moved_TF.shape == features_TF.shape and moved_TF.dtype == np.float32
+    loudest = mel_centres()[moved_TF.mean(0).argmax()]
+    assert loudest == pytest.approx(factor * tone_hz, rel=0.06)
+    if factor == 1:
+        np.testing.assert_array_equal(moved_TF, features_TF)
