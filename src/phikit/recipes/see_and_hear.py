@@ -118,7 +118,7 @@ def encoders() -> tuple[MediaStage, ...]:
               alone=MarksConfig()),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
               epochs=2.5, alone=CTCConfig(), masked=True),
-        stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=5e-3, epochs=8,
+        stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=1e-3, epochs=8,
               alone=MarksConfig()),
     )  # fmt: skip
 
