@@ -172,13 +172,8 @@ class Attention(nn.Module):
         return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))
 
 
-def pointwise(conv: nn.Conv1d, x_BSD: Tensor) -> Tensor:
-    """A convolution of width 1 as the matrix that it is: on CPU faster, and without transposing."""
-    return F.linear(x_BSD, conv.weight[:, :, 0], conv.bias)
-
-
 class GatedPointwise(nn.Module):
-    """`(value + b1) * silu(gate + b2)` of one matrix, on [B, S, D]."""
+    """`(value + b1) * silu(gate + b2)` of one matrix, on [B, D, S]."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -186,13 +181,13 @@ class GatedPointwise(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(1, d_model, 1))
         self.b2 = nn.Parameter(torch.zeros(1, d_model, 1))
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        value, gate = pointwise(self.ext_pw_conv_1d, x_BSD).chunk(2, dim=-1)
-        return (value + self.b1[..., 0]) * F.silu(gate + self.b2[..., 0])
+    def forward(self, x_BDS: Tensor) -> Tensor:
+        value, gate = self.ext_pw_conv_1d(x_BDS).chunk(2, dim=1)
+        return (value + self.b1) * F.silu(gate + self.b2)
 
 
 class CausalConvolution(nn.Module):
-    """Depthwise over this token and those before it, then pointwise, on [B, S, D]."""
+    """Depthwise over this token and those before it, then pointwise, on [B, D, S]."""
 
     def __init__(self, config: SpeechConfig) -> None:
         super().__init__()
@@ -200,10 +195,9 @@ class CausalConvolution(nn.Module):
         self.dw_conv = nn.Conv1d(width, width, config.kernel_size, groups=width)
         self.pw_conv = nn.Conv1d(width, width, 1)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BDS: Tensor) -> Tensor:
         reach = self.dw_conv.kernel_size[0] - 1
-        x_BDS = self.dw_conv(F.pad(x_BSD.transpose(1, 2), (reach, 0)))
-        return pointwise(self.pw_conv, x_BDS.transpose(1, 2))
+        return self.pw_conv(self.dw_conv(F.pad(x_BDS, (reach, 0))))
 
 
 class ConvolutionModule(nn.Module):
@@ -217,8 +211,8 @@ class ConvolutionModule(nn.Module):
         self.ext_pw_conv_1d = nn.Conv1d(config.d_model, config.d_model, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.dw_sep_conv_1d(self.glu(self.layer_norm(x_BSD)))
-        return pointwise(self.ext_pw_conv_1d, F.silu(x_BSD))
+        x_BDS = self.glu(self.layer_norm(x_BSD).transpose(1, 2))
+        return self.ext_pw_conv_1d(F.silu(self.dw_sep_conv_1d(x_BDS))).transpose(1, 2)
 
 
 class ConformerBlock(nn.Module):

@@ -110,8 +110,8 @@ def stage(
 def encoders() -> tuple[MediaStage, ...]:
     """The encoders' initialisation, and the projectors', without the language model.
 
-    Sight's projector waits for its tower: beside one that learns, nineteen in twenty of its hidden
-    units ended up off for every token, and stayed so.
+    Sight's projector waits for its tower and learns more slowly: at the tower's rate, nine in ten
+    of its hidden units ended up off for every token, and stayed so.
     """
     return (
         stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=1.8,
