@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from phikit.evals.senses import ERROR_RATES
 from phikit.evals.stats import pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = ("transcripts", "metrics")
 """Parts of results.json too long to keep in the repository."""
-LESS_IS_BETTER = ("CER", "WER")
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def senses_markdown(record: dict[str, Any]) -> str:
     )
     lines = ["| Family | Measure | Chance | Text alone | Seen and heard |", "|:--|:--|--:|--:|--:|"]
     for family, of in last[0].items():
-        less = ", less is better" if of["measure"] in LESS_IS_BETTER else ""
+        less = ", less is better" if of["measure"] in ERROR_RATES else ""
         found = [family, of["measure"] + less]
         for cells in ([run["chance"] for run in runs], first, last):
             found.append(spread([cell[family]["value"] for cell in cells if family in cell]))

@@ -6,9 +6,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from phikit.evals.plots import Palette, finish, inline_svg, share_axis
+from phikit.evals.senses import ERROR_RATES
 
-ERROR_RATES = ("WER", "CER")
-"""Measures of which less is better."""
 DASHES = ("-", "--")
 """The lines of families take the colours in turn, once in each of these."""
 

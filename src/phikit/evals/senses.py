@@ -42,6 +42,8 @@ EXACT = Measure("exact match", _mean_of(exact_match))
 RELAXED = Measure("relaxed accuracy", _mean_of(relaxed_accuracy))
 CER = Measure("CER", character_error_rate, is_error=True)
 WER = Measure("WER", word_error_rate, is_error=True)
+ERROR_RATES = (CER.name, WER.name)
+"""Measures of which less is better."""
 
 MEASURES: Mapping[str, Measure] = {
     "text": CER,

@@ -119,7 +119,7 @@ class MarksObjective(MediaSFTObjective):
             [torch.from_numpy(image.spans_U2).to(device) for image in images],
         ).sum()
         if self.meanings_CD is not None:
-            names_SD = log_probs_MQQC.detach().flatten(0, 2).float().exp() @ self.meanings_CD[:-1]
+            names_SD = log_probs_MQQC.detach().flatten(0, 2).exp() @ self.meanings_CD[:-1]
             said_SD = sight.project(features_MQQD.detach().flatten(0, 2))
             ends_SD = sight.project(torch.cat([end.flatten(0, -2) for end in sight.separators]))
             total = total + _distance(said_SD, names_SD, self.meanings_CD)

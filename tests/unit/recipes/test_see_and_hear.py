@@ -41,7 +41,7 @@ def test_full_fine_tuning_trains_the_text_model_where_adapters_would():
 
 
 def test_settings_of_a_recipe_are_set_like_all_others():
-    config, left = recipe("see_and_hear", ["seed=3", "without=vision2", "backbone=nano"])
+    config, left = recipe("see_and_hear", ["backbone=nano", "seed=3", "without=vision2"])
     assert isinstance(config.base, NewBase) and left == ["seed=3"]
     names = [stage.name for stage in config.stages]
     assert names[0] == "pretrain" and "vision2" not in names and "vision3" in names
