@@ -59,22 +59,24 @@ def test_marks_are_named_where_they_lie(size, boxes):
     scale = min(28 * cut.width_crops / width, 28 * cut.height_crops / height)
     across = 2 * cut.width_crops
     assert len(named.classes_U) <= len(marks) and (named.classes_U == 1).all()
-    middles = [scale * (mark.left + mark.right) / 28 for mark in marks]
-    if len(named.classes_U) == len(marks):
-        for first, last in named.spans_U2:
-            start, stop = first % across, (last - 1) % across + 1
-            assert any(start - 0.1 <= middle <= stop + 0.1 for middle in middles)
     free = 0
-    for first, last in named.spans_U2:  # each can be named by a token of its own, in order
-        assert first // across == (last - 1) // across
-        free = max(first, free) + 1
-        assert free <= last
+    for places in named.places_UT:  # each can be named by a token of its own, in order
+        open_to = np.flatnonzero(places)
+        rows, columns = np.divmod(open_to, across)
+        assert any(
+            rows.min() - 0.4 <= scale * (mark.top + mark.bottom) / 28 <= rows.max() + 1.4
+            and columns.min() <= scale * mark.right / 14 + 1
+            and columns.max() + 1 >= scale * mark.left / 14 - 1
+            for mark in marks
+        )
+        assert (open_to >= free).any()
+        free = open_to[open_to >= free].min() + 1
 
 
 def test_a_word_is_named_letter_by_letter():
-    """In the order of reading, also letters of which two lie in one token."""
+    """In the order of reading, line by line, also letters of which two lie in one token."""
     style = canvas.draw_style(np.random.default_rng(3), "train")
-    drawn = canvas.words("Billet 480", style, np.random.default_rng(0), pixels=30)
+    drawn = canvas.words(["Billet", "480"], style, np.random.default_rng(0))
     size = (drawn.picture.shape[1], drawn.picture.shape[0])
     classes = mark_classes([drawn.marks])
     shown = marked(vision().prepare(drawn.picture), drawn.marks, size=size, classes=classes)
@@ -90,15 +92,14 @@ def test_the_probability_of_names_is_that_of_all_ways_to_say_them(seed, tokens, 
         count, asked = tokens + picture, min(marks, tokens)
         log_probs = torch.tensor(random.normal(size=(count, 4))).log_softmax(-1)
         classes = random.integers(1, 4, size=asked)
-        first = random.integers(0, count, size=asked)
-        spans = np.stack([first, random.integers(first, count) + 1], axis=-1)
+        may = random.random((asked, count)) < 0.6
         total = 0.0
         for places in combinations(range(count), asked):
-            if all(span[0] <= place < span[1] for place, span in zip(places, spans, strict=True)):
+            if may[range(asked), places].all():
                 said = np.zeros(count, np.int64)
                 said[list(places)] = classes
                 total += float(log_probs[torch.arange(count), torch.tensor(said)].sum().exp())
-        pictures.append((log_probs, torch.tensor(classes), torch.tensor(spans)))
+        pictures.append((log_probs, torch.tensor(classes), torch.tensor(may)))
         wanted.append(total)
     found = in_order(*([*each] for each in zip(*pictures, strict=True))).exp()
     assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-8)
@@ -119,7 +120,7 @@ def sights(model: Decoder) -> list[Example]:
             1,
             1,
             classes_U=np.ones(len(places), np.int64),
-            spans_U2=np.stack([places, places + 1], axis=-1),
+            places_UT=np.eye(4, dtype=np.bool_)[places],
         )
         rows.append(example(model, Media(images=(named,)), seed=seed))
     return rows

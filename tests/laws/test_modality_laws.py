@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,17 @@ def test_what_an_encoder_has_seen_already_is_seen_the_same(tiny_model: Callable[
             for mixed_items in (done, [*items[:1], *done[1:]]):
                 for a, b in zip(expected, sense(mixed_items, leader=leader), strict=True):
                     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_without_its_overview_is_told_as_far_as_its_crops(tiny_model):
+    model = taught(tiny_model(), drawn=False)
+    sight = model.senses["vision"]
+    whole, bare = image(3), replace(image(3), overview=False)
+    with torch.no_grad():
+        [both], [alone] = sight([whole]), sight([bare])
+        [again] = sight(sight.encoded([bare]))
+    assert len(alone) == bare.num_tokens < len(both) == whole.num_tokens
+    assert torch.equal(both[: len(alone)], alone) and torch.equal(alone, again)
 
 
 def test_a_modality_may_borrow_an_adapter(tiny_model: Callable[..., Decoder]):

@@ -55,15 +55,17 @@ class ImageCrops:
     """bool, [crops, patches, patches]: True where a patch shows some of the picture."""
     height_crops: int
     width_crops: int
+    overview: bool = True
+    """Whether the whole picture has a place in the sequence, behind the crops of the grid."""
 
     @property
     def num_tokens(self) -> int:
         """Positions the image takes in the decoder: one per 2 x 2 patches and one per row end, for
-        the grid without its padding and for the global crop, with a separator between them."""
+        the grid without its padding and for the overview, with a separator between them."""
         rows = int(self.mask_MPP[1 :: self.width_crops, ::2, 0].sum())
         columns = int(self.mask_MPP[1 : 1 + self.width_crops, 0, ::2].sum())
         side = self.mask_MPP.shape[1] // 2
-        return rows * (columns + 1) + 1 + side * (side + 1)
+        return rows * (columns + 1) + (1 + side * (side + 1)) * self.overview
 
 
 class Grid(NamedTuple):
@@ -151,6 +153,7 @@ def load_image(
     max_crops: int = 36,
     crop_size: int = 448,
     patch_size: int = 14,
+    overview_of_one: bool = True,
 ) -> ImageCrops:
     """Open an image and cut it into at most `max_crops` crops and a global one.
 
@@ -159,6 +162,8 @@ def load_image(
         max_crops: 36 as in the checkpoint's processor; fewer cost fewer tokens and less time.
         crop_size: side of a crop in pixels, a multiple of twice `patch_size`.
         patch_size: side of a patch in pixels.
+        overview_of_one: whether a picture of one crop has an overview too, which then shows the
+            same once more.
 
     Raises:
         ChatError: the image cannot be opened, or is too long and thin for its grid.
@@ -190,6 +195,7 @@ def load_image(
         mask_MPP=np.concatenate([full, tiles(mask, patches)[:, 0]]),
         height_crops=grid.rows,
         width_crops=grid.columns,
+        overview=overview_of_one or len(crops) > 1,
     )
 
 

@@ -225,11 +225,14 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.specials.values())
         self._context: list[int] = []  # shown already, kept since a decoder may look back
         self._held: list[int] = []
 
     def push(self, id_: int) -> str:
         """Take one id; returns the text that is now certain, perhaps none."""
+        if id_ in self._special or id_ >= self._tokenizer.size:
+            return ""  # without text, and no end to the pieces before it
         self._held.append(id_)
         # Byte pieces in a row are decoded together, so none is certain before the row ends.
         if id_ in self._tokenizer.byte_ids:

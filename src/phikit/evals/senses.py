@@ -51,6 +51,7 @@ MEASURES: Mapping[str, Measure] = {
     "chart": RELAXED,
     "spoken_digits": WER,
     "command": WER,
+    "spoken_question": WER,
     "recorded_digits": WER,
     "librispeech": WER,
     "common_voice": WER,

@@ -39,6 +39,7 @@ class SeenImage:
     mask_MPP: NDArray[np.bool_]
     height_crops: int
     width_crops: int
+    overview: bool
     num_tokens: int
 
 
@@ -77,6 +78,7 @@ class Sight(ImageEmbedder, Modality):
                 image.mask_MPP,
                 image.height_crops,
                 image.width_crops,
+                image.overview,
                 image.num_tokens,
             )
             for image, features in zip(items, self.look(items), strict=True)
@@ -147,6 +149,9 @@ class VisionModality(ModalityConfig):
     encoder: VisionConfig = VisionConfig()
     max_crops: PositiveInt = 36
     """Most crops of one image; fewer cost fewer tokens."""
+    overview_of_one: bool = True
+    """Whether a picture of one crop is followed by itself as its overview, as in
+    Phi-4-multimodal; InternVL 1.5 (arXiv 2404.16821) leaves that out."""
 
     def build(self, d_model: int) -> Sight:
         made = Sight(self.encoder, d_model)
@@ -165,6 +170,7 @@ class VisionModality(ModalityConfig):
             max_crops=self.max_crops,
             crop_size=encoder.crop_size,
             patch_size=encoder.patch_size,
+            overview_of_one=self.overview_of_one,
         )
 
 

@@ -251,6 +251,11 @@ class Layout(Protocol):
     @property
     def width_crops(self) -> int: ...
 
+    @property
+    def overview(self) -> bool:
+        """Whether crop 0 has a place in the sequence."""
+        ...
+
 
 class Crops(Layout, Protocol):
     """One image cut into crops, as `phikit.chat.image.load_image` does; numpy or torch arrays."""
@@ -317,8 +322,7 @@ class ImageEmbedder(nn.Module):
 
     def tell(self, features_MQQD: Tensor, image: Layout) -> Tensor:
         """The projector's part: decoder inputs [tokens, D] from the features of one image."""
-        mask_MPP = torch.as_tensor(image.mask_MPP)[: len(features_MQQD)]
-        return self.project(self.arrange(features_MQQD, mask_MPP, width_crops=image.width_crops))
+        return self.project(self.arrange(features_MQQD, image))
 
     def patch_features(self, pixels_MCHW: Tensor, mask_MPP: Tensor) -> Tensor:
         """The tower's features of all patches, row by row, [M, P * P, D]."""
@@ -332,18 +336,18 @@ class ImageEmbedder(nn.Module):
         features_MTD = self.patch_features(pixels_MCHW, mask_MPP)
         return pool_patches(features_MTD, side=side)
 
-    def arrange(self, features_MQQD: Tensor, mask_MPP: Tensor, *, width_crops: int) -> Tensor:
-        """The features of one image as a sequence: crops, separator, whole picture."""
+    def arrange(self, features_MQQD: Tensor, image: Layout) -> Tensor:
+        """The features of one image as a sequence: crops, then separator and overview."""
+        width_crops = image.width_crops
+        mask_MPP = torch.as_tensor(image.mask_MPP)[: len(features_MQQD)]
         rows = int(mask_MPP[1::width_crops, ::2, 0].sum())
         columns = int(mask_MPP[1 : 1 + width_crops, 0, ::2].sum())
         stitched = stitch(features_MQQD[1:], width_crops=width_crops)
-        return torch.cat(
-            [
-                self._with_row_ends(stitched[:rows, :columns]),
-                self.global_img_feature_extensor[0],
-                self._with_row_ends(features_MQQD[0]),
-            ]
-        )
+        parts = [self._with_row_ends(stitched[:rows, :columns])]
+        if image.overview:
+            separator = self.global_img_feature_extensor[0]
+            parts += [separator, self._with_row_ends(features_MQQD[0])]
+        return torch.cat(parts)
 
     @property
     def separators(self) -> tuple[Tensor, Tensor]:

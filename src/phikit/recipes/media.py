@@ -19,7 +19,7 @@ from phikit.base.files import storage_errors, write_atomic
 from phikit.base.media import SPEECH, VISION, of_items
 from phikit.base.types import Example
 from phikit.data.media.marks import mark_classes, marked
-from phikit.data.media.problem import MediaProblem, prepare
+from phikit.data.media.problem import MediaProblem, prepare, spelt
 from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig
 from phikit.models.registry import build
@@ -69,7 +69,11 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     with storage_errors(context.folder):
         listed = {"read": len(read.examples), "faults": [f._asdict() for f in read.faults]}
         write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
-    examples = [_compact(example) for example in read.examples]
+    spell = context.loaded.tokenizer
+    examples = [
+        spelt(_compact(example), problem, spell)
+        for example, problem in zip(read.examples, read.problems, strict=True)
+    ]
     taught = model
     if stage.reader is not None:
         taught, examples = _reader(stage.reader, stage, context, examples)

@@ -32,11 +32,13 @@ from phikit.weights.surgery import Part
 
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
-PICTURES = {"digit": 1_600, "text": 6_000, "chart": 2_800, "shapes": 800}
+PICTURES = {
+    "digit": 1_000, "scans": 1_200, "text": 3_000, "lines": 5_000, "chart": 2_200, "shapes": 600,
+}  # fmt: skip
 """On which the vision encoder starts."""
-ASKED = {"digit": 100, "text": 640, "chart": 420, "shapes": 500}
+ASKED = {"digit": 100, "text": 480, "chart": 420, "shapes": 700}
 """That the language model is asked about: it costs a hundred times what the encoder does."""
-SOUNDS = {"spoken_digits": 4_000, "command": 3_000}
+SOUNDS = {"spoken_digits": 3_500, "command": 3_000, "spoken_question": 1_500}
 LEARNT = {
     "img_processor": 0.05,
     "encoder": 0.05,
@@ -47,20 +49,25 @@ LEARNT = {
 
 
 def vision() -> VisionModality:
-    """Crops of 48 pixels and patches of 8, so that a token holds about a letter; 0.9 M weights."""
+    """Crops of 96 pixels show a word at once, and a token about a letter; 0.9 M weights."""
     encoder = VisionConfig(
         d_model=128,
         d_mlp=384,
         num_layers=3,
         num_heads=4,
         patch_size=8,
-        crop_size=48,
-        positions_per_side=6,
+        crop_size=96,
+        positions_per_side=12,
         feature_layer=3,
         stem=(32, 64, 128),
         stem_blocks=1,
     )
-    return VisionModality(encoder=encoder, max_crops=12, adapter=AdapterConfig(rank=16, alpha=32))
+    return VisionModality(
+        encoder=encoder,
+        max_crops=12,
+        overview_of_one=False,
+        adapter=AdapterConfig(rank=16, alpha=32),
+    )
 
 
 def speech() -> SpeechModality:
@@ -82,7 +89,11 @@ def stage(
     alone: MarksConfig | CTCConfig | None = None,
     masked: bool = False,
 ) -> MediaStage:
-    """One stage of this line; the rate falls over the last half of its steps."""
+    """One stage of this line; the rate falls over the last half of its steps.
+
+    Clips meet others of their length. Pictures of one family are of one length, and a step that
+    shows them all goes further than a shorter one.
+    """
     return MediaStage(
         name=name,
         source=MediaSource(families=families),
@@ -91,6 +102,7 @@ def stage(
         sft=MediaSFTConfig(
             examples_per_step=16 if alone is None else 32,
             micro_examples=16 if alone is None else 32,
+            bucket_steps=8 if "speech" in learns and "vision" not in learns else 1,
             spec_augment=SpecAugmentConfig(throat=0.12) if masked else None,
         ),
         loop=LoopConfig(
@@ -114,10 +126,10 @@ def encoders() -> tuple[MediaStage, ...]:
     of its hidden units ended up off for every token, and stayed so.
     """
     return (
-        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=1.8,
+        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=2.8,
               alone=MarksConfig()),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
-              epochs=2.5, alone=CTCConfig(), masked=True),
+              epochs=2.8, alone=CTCConfig(), masked=True),
         stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=1e-3, epochs=8,
               alone=MarksConfig()),
     )  # fmt: skip
@@ -136,7 +148,7 @@ def vision_stages() -> tuple[MediaStage, ...]:
 
 def speech_stages() -> tuple[MediaStage, ...]:
     """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
-    asked = {"spoken_sum": 100, "spoken_digits": 560, "command": 200}
+    asked = {"spoken_sum": 100, "spoken_digits": 440, "command": 300}
     return (
         stage("speech1", _share(SOUNDS, 0.03), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
@@ -223,8 +235,9 @@ def _pipeline(
     *,
     asked: MediaFileSource | None = None,
 ) -> PipelineConfig:
-    """A pipeline that is `asked` held-out problems, or else some of every family of its stages."""
-    sources = [each.source for each in stages]
+    """A pipeline that is `asked` held-out problems, or else some of every family of its stages
+    that go through the text model."""
+    sources = [each.source for each in stages if each.alone is None]
     families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
     base, first = _base(backbone)
     return PipelineConfig(

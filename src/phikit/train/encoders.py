@@ -59,7 +59,7 @@ class MarksObjective(MediaSFTObjective):
     """A linear layer on every token's feature names the marks of pictures (`MarkedImage`).
 
     The loss is minus the logarithm of the probability that the tokens, read row by row, name all
-    marks in their order, each once and by a token of its span, and that all others name nothing;
+    marks in their order, each once and by a token of its places, and that all others name nothing;
     summed over the choices of tokens as in CTC, but without its repetitions: whoever reads the
     tokens later could not tell a repeated name from a doubled letter.
 
@@ -116,7 +116,7 @@ class MarksObjective(MediaSFTObjective):
         total = -in_order(
             log_probs,
             [torch.from_numpy(image.classes_U).to(device) for image in images],
-            [torch.from_numpy(image.spans_U2).to(device) for image in images],
+            [torch.from_numpy(image.places_UT).to(device) for image in images],
         ).sum()
         if self.meanings_CD is not None:
             names_SD = log_probs_MQQC.detach().flatten(0, 2).exp() @ self.meanings_CD[:-1]
@@ -161,7 +161,7 @@ def _looked_at(sight: Sight, images: Sequence[MarkedImage]) -> Tensor:
 
 
 def in_order(
-    log_probs: Sequence[Tensor], classes: Sequence[Tensor], spans: Sequence[Tensor]
+    log_probs: Sequence[Tensor], classes: Sequence[Tensor], places: Sequence[Tensor]
 ) -> Tensor:
     """Logarithm of the probability that tokens name classes in order, each once, [B].
 
@@ -170,17 +170,15 @@ def in_order(
     Args:
         log_probs: of each picture the names' log-probabilities by token, [T, C].
         classes: of each picture what is to be named, [U], none of them `NOTHING`.
-        spans: the tokens that may name each, from the first up to, not including, the last, [U, 2].
+        places: which tokens may name each, bool [U, T].
     """
     device = log_probs[0].device
     lengths = torch.tensor([len(each) for each in classes], device=device)
     nothing_BT = pad_sequence([each[:, NOTHING].float() for each in log_probs], batch_first=True)
     tokens, most = nothing_BT.shape[1], max(1, int(lengths.max()))
     named = []
-    for log_probs_TC, classes_U, spans_U2 in zip(log_probs, classes, spans, strict=True):
-        places_T1 = torch.arange(len(log_probs_TC), device=device)[:, None]
-        is_open_TU = (places_T1 >= spans_U2[:, 0]) & (places_T1 < spans_U2[:, 1])
-        of_classes_TU = log_probs_TC[:, classes_U].float().masked_fill(~is_open_TU, NEVER)
+    for log_probs_TC, classes_U, places_UT in zip(log_probs, classes, places, strict=True):
+        of_classes_TU = log_probs_TC[:, classes_U].float().where(places_UT.T, NEVER)
         missing = (0, most - len(classes_U), 0, tokens - len(log_probs_TC))
         named.append(F.pad(of_classes_TU, missing, value=NEVER))
     named_BTU = torch.stack(named)

@@ -185,6 +185,14 @@ def test_the_global_crop_is_the_padded_grid_made_smaller():
     np.testing.assert_allclose(crops.pixels_MCHW[0, :, 100, 150], expected, atol=1e-5)
 
 
+def test_a_picture_of_one_crop_may_go_without_its_overview():
+    both, alone = (load_image(picture(300, 448), overview_of_one=each) for each in (True, False))
+    assert np.array_equal(both.pixels_MCHW, alone.pixels_MCHW)
+    assert both.num_tokens == alone.num_tokens + 1 + 16 * 17 and not alone.overview
+    wide = load_image(picture(449, 448), overview_of_one=False)
+    assert wide.overview and wide.num_tokens == load_image(picture(449, 448)).num_tokens
+
+
 def test_crops_are_row_by_row():
     shades = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3), 448, 0), 448, 1)
     crops = load_image(Image.fromarray(shades * 40))

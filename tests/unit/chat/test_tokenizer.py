@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.unit.chat.vocabularies import PROSE, llama_bpe, random_texts, real_json, small
 
@@ -146,6 +146,7 @@ def test_llama_bpe_on_its_real_vocabulary():
 
 
 @given(ids=st.lists(st.integers(0, 420), max_size=30))
+@example(ids=[3, 0, 131])  # a special token between two bytes
 def test_stream_decoder_equals_decode_with_byte_pieces(ids: list[int]):
     tokenizer = small("phi3")
     decoder = tokenizer.decoder()

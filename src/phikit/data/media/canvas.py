@@ -77,26 +77,40 @@ def draw_style(random: np.random.Generator, split: Split) -> Style:
     return Style(family, file, palette, ink, paper)
 
 
-def words(text: str, style: Style, random: np.random.Generator, *, pixels: int = 24) -> Drawn:
-    """One line of text with a margin of its own on each side."""
+X_HEIGHT, CAPITAL = 0.5, 0.7
+"""How high small letters and capitals are, in units of a font's size; fonts differ a little."""
+
+
+def words(lines: Sequence[str], style: Style, random: np.random.Generator) -> Drawn:
+    """Lines of text below each other, with a margin of its own on each side."""
+    pixels = min(int(random.integers(20, 27)), 80 // len(lines))
     made = fonts.font(style.file, pixels)
-    left, top, right, bottom = made.getbbox(text)
-    margins = random.integers(2, 3 + pixels // 8, size=4)
-    width = round(right - left + margins[0] + margins[1])
-    size = (width, round(bottom - top + margins[2] + margins[3]))
-    image, draw = _blank(size, style.paper)
-    marks = _write(draw, (margins[0] - left, margins[2] - top), text, made, style.ink)
+    boxes = [made.getbbox(line, anchor="ls") for line in lines]
+    margins = random.integers(2, 3 + pixels // 8, size=2)
+    row = round(1.17 * pixels)
+    width = max(right - left for left, _, right, _ in boxes) + margins.sum()
+    image, draw = _blank((round(width), row * len(lines) + 4), style.paper)
+    marks: list[Mark] = []
+    for i, (line, box) in enumerate(zip(lines, boxes, strict=True)):
+        at = (margins[0] - box[0], 2 + row * (i + 0.5) + CAPITAL / 2 * pixels)
+        marks += _write(draw, at, line, made, style.ink)
     return Drawn(noisy(image, random), tuple(marks))
 
 
 def bars(
-    labels: Sequence[str], values: Sequence[int], style: Style, random: np.random.Generator
+    labels: Sequence[str],
+    values: Sequence[int],
+    style: Style,
+    random: np.random.Generator,
+    *,
+    width: int = 96,
 ) -> Drawn:
     """A bar chart whose bars lie, with a label before each and its value behind it."""
-    pixels = int(random.integers(24, 29))
+    pixels = int(random.integers(22, 26))
     made = fonts.font(style.file, pixels)
-    axis, longest, row = pixels + 4, 40, pixels + 5
-    size = (axis + longest + 2 * pixels, row * len(values) + 6)
+    axis, row = pixels + 4, pixels + 5
+    longest = max(16, width - axis - 10 - round(max(made.getlength(str(v)) for v in values)))
+    size = (width, row * len(values) + 6)
     image, draw = _blank(size, style.paper)
     draw.line([(axis, 2), (axis, size[1] - 2)], fill=style.ink)
     colours = PALETTES[style.palette]
@@ -106,8 +120,9 @@ def bars(
         y, end = 3 + row * (i + 0.5), axis + 1 + round(longest * value / max(values))
         fill = colours[(first + i) % len(colours)]
         draw.rectangle([axis + 1, y - 0.3 * row, end, y + 0.3 * row], fill=fill)
-        marks += _write(draw, (axis - 5, y), label, made, style.ink, anchor="rm")
-        marks += _write(draw, (end + 6, y), str(value), made, style.ink, anchor="lm")
+        line = y + CAPITAL / 2 * pixels
+        marks += _write(draw, (axis - 5, line), label, made, style.ink, anchor="r")
+        marks += _write(draw, (end + 6, line), str(value), made, style.ink)
     return Drawn(noisy(image, random), tuple(marks))
 
 
@@ -122,8 +137,9 @@ def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generat
     marks: list[Mark] = []
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
-            middle = ((edges[c] + edges[c + 1]) / 2, 4 + height * (r + 0.5))
-            marks += _write(draw, middle, cell, made, style.ink, anchor="mm")
+            line = 4 + height * (r + 0.5) + CAPITAL / 2 * pixels
+            at = ((edges[c] + edges[c + 1]) / 2, line)
+            marks += _write(draw, at, cell, made, style.ink, anchor="m")
     for r in range(len(rows) + 1):
         draw.line([(4, 4 + height * r), (round(edges[-1]), 4 + height * r)], fill=style.ink)
     for edge in edges:
@@ -176,17 +192,38 @@ def shapes(
     return Drawn(noisy(image, random), tuple(marks))
 
 
+def pasted(
+    pieces: Sequence[tuple[Picture, str, int, int]], random: np.random.Generator, *, side: int
+) -> Drawn:
+    """Grey pictures [H, W] on a white square sheet: each with its name, its left and its top."""
+    sheet = np.full((side, side), 255, np.uint8)
+    marks: list[Mark] = []
+    for piece, name, left, top in pieces:
+        bottom, right = top + piece.shape[0], left + piece.shape[1]
+        sheet[top:bottom, left:right] = piece
+        marks.append(Mark(name, left, top, right, bottom))
+    return Drawn(noisy(np.stack([sheet] * 3, axis=-1), random), tuple(marks))
+
+
 def _write(
-    draw: Any, at: tuple[float, float], text: str, made: Any, ink: Colour, *, anchor: str = "la"
+    draw: Any, at: tuple[float, float], text: str, made: Any, ink: Colour, *, anchor: str = "l"
 ) -> list[Mark]:
-    """Draw a line of text; a mark for each letter, as wide as it is set and as high as the line."""
-    draw.text(at, text, font=made, fill=ink, anchor=anchor)
-    left, top, right, bottom = made.getbbox(text, anchor=anchor)
+    """Draw a line of text on a baseline, and give a mark for each letter.
+
+    A mark is as wide as its letter is set and reaches from the baseline as high as small letters
+    do, about, whatever the letter: so the marks of a line have one middle.
+
+    Args:
+        at: the left end, the middle or the right end of the baseline.
+        anchor: which of them: "l", "m" or "r".
+    """
+    draw.text(at, text, font=made, fill=ink, anchor=f"{anchor}s")
+    left, _, right, _ = made.getbbox(text, anchor=f"{anchor}s")
     # A box begins at the first ink, which may lie a little off the pen: spread the letters over it.
     stretch = (right - left) / max(made.getlength(text), 1e-6)
     ends = [at[0] + left + stretch * made.getlength(text[:k]) for k in range(len(text) + 1)]
     return [
-        Mark(letter, ends[k], at[1] + top, ends[k + 1], at[1] + bottom)
+        Mark(letter, ends[k], at[1] - X_HEIGHT * made.size, ends[k + 1], at[1])
         for k, letter in enumerate(text)
         if letter != " "
     ]

@@ -18,13 +18,15 @@ from phikit.base.errors import ConfigError, MissingExtraError
 from phikit.base.media import SPEECH, VISION
 from phikit.data.media import canvas
 from phikit.data.media.augment import SPEEDS, at_speed, with_noise
-from phikit.data.media.canvas import Mark
+from phikit.data.media.canvas import Mark, any_of
 from phikit.data.media.problem import MediaProblem, Source
 from phikit.data.media.speak import draw_voice, speak
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
-VERSION = "3"
+VERSION = "4"
+SCAN = 32
+"""Side of a scanned digit in pixels."""
 MOST_TRIES = 10_000
 """Drafts of one problem until one is of the split."""
 
@@ -56,13 +58,42 @@ def _seen(*drawn: canvas.Drawn, styles: tuple[str, ...] = ()) -> Rendered:
 
 
 # fmt: off
-NOUNS = (
-    "apple", "bread", "cloud", "dream", "eagle", "flame", "grape", "house", "ideal", "jolly",
-    "knife", "lemon", "mango", "night", "ocean", "piano", "queen", "river", "stone", "tiger",
-    "uncle", "violin", "water", "youth", "zebra", "bridge", "candle", "desert", "engine", "forest",
-    "garden", "harbor", "island", "jacket", "kitten", "ladder", "market", "needle", "orange",
-    "pencil", "quartz", "ribbon", "school", "temple", "valley", "window", "yellow", "copper",
-)
+WORDS = """
+    able acid aged also area army away baby back ball band bank base bath bear beat been bell
+    best bird blow blue boat body bone book born both bowl bread bring brown bush cake calm came
+    camp card care case cash cat chair check child city clean clear clock close cloud club coal
+    coat code cold come cook cool copy corn cost cow crew crop cup dark data date dawn day deal
+    dear deep desk dial diet dish dog door down draw dream dress drink drive drop dry dust duty
+    each eagle ear early earth east easy egg eight empty end enemy even ever exit eye face fact
+    fair fall farm fast fate fear feed feel fence few field file fill film find fine fire firm
+    fish five flag flame flat floor flow fly food foot force form four free frog fruit full fund
+    game gate gift girl give glad glass goal gold good grape grass great green grow guest guide
+    hair half hall hand happy hard hat have head hear heart heat heavy help here hero high hill
+    hold hole home hope horse hour house huge human ice idea inch iron item jazz join joke judge
+    juice jump just keep key kind king kite knee knife know lake lamp land large last late laugh
+    law lead leaf learn left lemon level lie life lift light lime line lion list live loaf local
+    long look lost loud love low luck lunch made mail main make mango many map mark meal mean
+    meat meet milk mind mine minor mix month moon moral more most motor mouse mouth move much
+    music nail name near neck need nest never new news next nice night nine noise north nose
+    note novel nurse oak ocean oil old olive once one only open oral order oven over own page
+    paint pair paper park part path peace pen phone photo piano pick pilot pipe plan plate play
+    poem point pond pool poor pork post power press price pride proof pull pure put queen quick
+    quiet quite race radio rain raise range rate read ready real red rent rest rice rich ride
+    right ring rise river road rock role roof room root rope rose round rule run sad safe said
+    sail salt same sand save scale sea seat seed sell send seven shade shape share sharp she
+    ship shirt shoe shop shore shot show side sign silk sing sit six size skin sky sleep slow
+    small smile smoke snow soap sock soft soil some son song soon sort soul sound soup south
+    space spare speak spoon sport spot staff stage stair star start stay steel step stick still
+    stock stone stop store storm story sugar suit sun sure swim table tail take talk tall tank
+    task taste tax tea teach team tell ten tent test text than that thick thin think third this
+    tiger time tiny today tone tool tooth top total touch tour tower town track trade train tree
+    trip true trust truth try tube turn twice two type uncle under unit until upper urban use
+    usual value van vast verb very view visit voice vote wage wait wake walk wall want warm wash
+    water wave way weak wear week well west wet wheel when where white wide wife wild wind wine
+    wing wise wish woman wood wool word work world wrist write wrong yard year yes young your
+    youth zebra zero zone
+""".split()  # noqa: SIM905
+"""Short ones."""
 LABELS = ("A", "B", "C", "D", "E", "F", "G", "H", "K", "M")
 VERBS = ("open", "close", "start", "stop", "turn on", "turn off", "raise", "lower")
 THINGS = ("the door", "the window", "the light", "the music", "the fan", "the heater", "the blinds")
@@ -76,24 +107,39 @@ def _pick(random: np.random.Generator, items: Sequence[str], count: int) -> list
 
 
 def draft_text(random: np.random.Generator) -> Draft:
-    """A rendered word, one or two, or a number."""
-    if random.random() < 0.3:
-        text = str(random.integers(10, 100_000))
-    else:
-        text = " ".join(_pick(random, NOUNS, int(random.integers(1, 3))))
-        text = canvas.any_of(random, (text, text.title(), text.upper()))
+    """A short word, with or without a capital, or a number."""
+    text = _word(random)
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        drawn = canvas.words(text, style, random, pixels=int(random.integers(28, 37)))
-        return _seen(drawn, styles=style.names[:1])
+        return _seen(canvas.words([text], style, random), styles=style.names[:1])
 
     return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
 
 
+def _word(random: np.random.Generator) -> str:
+    if random.random() < 0.3:
+        return str(random.integers(100, 100_000))
+    word = any_of(random, WORDS)
+    return any_of(random, (word, word.title()))
+
+
+def draft_lines(random: np.random.Generator) -> Draft:
+    """Words and numbers below each other; one of them is asked for."""
+    texts = [_word(random) for _ in range(int(random.integers(2, 4)))]
+    which = int(random.integers(len(texts)))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        style = canvas.draw_style(random, split)
+        return _seen(canvas.words(texts, style, random), styles=style.names[:1])
+
+    question = f"<|image_1|>What does line {which + 1} say?"
+    return Draft(question, texts[which], f"lines {[text.lower() for text in texts]}", render)
+
+
 def draft_chart(random: np.random.Generator) -> Draft:
     """The value of a bar, or the label of the highest one."""
-    labels = sorted(_pick(random, LABELS, int(random.integers(3, 5))))
+    labels = sorted(_pick(random, LABELS, int(random.integers(2, 4))))
     values = [int(v) for v in random.choice(np.arange(3, 60), size=len(labels), replace=False)]
     if random.random() < 0.75:
         which = int(random.integers(len(labels)))
@@ -112,7 +158,7 @@ def draft_chart(random: np.random.Generator) -> Draft:
 def draft_table(random: np.random.Generator) -> Draft:
     """A cell of a table."""
     columns = sorted(_pick(random, LABELS, int(random.integers(2, 4))))
-    rows = _pick(random, NOUNS, int(random.integers(2, 4)))
+    rows = _pick(random, WORDS, int(random.integers(2, 4)))
     cells = [[str(v) for v in random.integers(1, 100, size=len(columns))] for _ in rows]
     r, c = int(random.integers(len(rows))), int(random.integers(len(columns)))
 
@@ -130,8 +176,8 @@ def draft_scene(random: np.random.Generator) -> tuple[list[canvas.Shape], str]:
     places = random.choice(9, size=int(random.integers(1, 5)), replace=False)
     things = [
         canvas.Shape(
-            canvas.any_of(random, canvas.SHAPES),
-            canvas.any_of(random, tuple(canvas.COLOURS)),
+            any_of(random, canvas.SHAPES),
+            any_of(random, tuple(canvas.COLOURS)),
             *divmod(int(place), 3),
         )
         for place in sorted(places)
@@ -141,14 +187,12 @@ def draft_scene(random: np.random.Generator) -> tuple[list[canvas.Shape], str]:
 
 def about_scene(random: np.random.Generator, things: Sequence[canvas.Shape]) -> tuple[str, str]:
     """A question about a scene, and its answer."""
-    kind, form = int(random.integers(4)), canvas.any_of(random, canvas.SHAPES)
+    kind, form = int(random.integers(3)), any_of(random, canvas.SHAPES)
     alone = [thing for thing in things if _is_alone(thing, things, of=("form", "colour")[kind % 2])]
-    if kind == 0:
-        return "How many shapes are there?", str(len(things))
-    if kind == 1 or not alone:
+    if kind == 2 or not alone:
         return f"How many {form}s are there?", str(sum(t.form == form for t in things))
     thing = alone[int(random.integers(len(alone)))]
-    if kind == 2:
+    if kind == 0:
         return f"What color is the {thing.form}?", thing.colour
     return f"What shape is {thing.colour}?", thing.form
 
@@ -171,14 +215,13 @@ def draft_shapes(random: np.random.Generator) -> Draft:
 
 def draft_pages(random: np.random.Generator) -> Draft:
     """Two pictures of a word each; one of them is asked for."""
-    texts = _pick(random, NOUNS, 2)
+    texts = _pick(random, WORDS, 2)
     place = int(random.integers(2))
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         styles = [canvas.draw_style(random, split) for _ in texts]
         drawn = [
-            canvas.words(text, style, random, pixels=int(random.integers(28, 37)))
-            for text, style in zip(texts, styles, strict=True)
+            canvas.words([text], style, random) for text, style in zip(texts, styles, strict=True)
         ]
         return _seen(*drawn, styles=tuple(style.names[0] for style in styles))
 
@@ -188,18 +231,36 @@ def draft_pages(random: np.random.Generator) -> Draft:
 
 
 def draft_digit(random: np.random.Generator) -> Draft:
-    """A scanned handwritten digit, of the 1,797 in scikit-learn."""
-    pictures, digits = _digits()
+    """A scanned handwritten digit, of the 1,797 in scikit-learn, on a sheet of paper."""
+    scans, digits = _digits()
     number = int(random.integers(len(digits)))
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
-        light = pictures[number].repeat(4, axis=0).repeat(4, axis=1)
-        picture = canvas.noisy(np.stack([255 - light] * 3, axis=-1), random)
-        whole = canvas.Mark(str(digits[number]), 0, 0, *picture.shape[1::-1])
-        return _seen(canvas.Drawn(picture, (whole,)))
+        left, top = (int(place) for place in random.integers(1 + 64 - SCAN, size=2))
+        name = str(digits[number])
+        return _seen(canvas.pasted([(scans[number], name, left, top)], random, side=64))
 
     question = "<|image_1|>Which digit is this?"
-    return Draft(question, str(digits[number]), f"digit {number}", render)
+    return Draft(question, str(digits[number]), _signature_of_scan(number), render)
+
+
+def draft_scans(random: np.random.Generator) -> Draft:
+    """Four or nine such digits in rows; one row is asked for."""
+    side = int(random.integers(2, 4))
+    rows = ["".join(map(str, random.integers(10, size=side))) for _ in range(side)]
+    which = int(random.integers(side))
+
+    def render(random: np.random.Generator, split: Split) -> Rendered:
+        scans, _ = _digits()
+        glued = [
+            (scans[any_of(random, scans_of(split, int(name)))], name, column * SCAN, row * SCAN)
+            for row, names in enumerate(rows)
+            for column, name in enumerate(names)
+        ]
+        return _seen(canvas.pasted(glued, random, side=side * SCAN))
+
+    question = f"<|image_1|>Which digits are in row {which + 1}?"
+    return Draft(question, rows[which], f"scans {rows}", render)
 
 
 def draft_spoken_digits(random: np.random.Generator) -> Draft:
@@ -211,16 +272,33 @@ def draft_spoken_digits(random: np.random.Generator) -> Draft:
 
 def draft_command(random: np.random.Generator) -> Draft:
     """A short order to a house, to be written down."""
-    text = f"{canvas.any_of(random, VERBS)} {canvas.any_of(random, THINGS)}"
+    text = f"{any_of(random, VERBS)} {any_of(random, THINGS)}"
     if random.random() < 0.5:
-        text += f" in {canvas.any_of(random, NUMERALS[1:])} minutes"
+        text += f" in {any_of(random, NUMERALS[1:])} minutes"
     return _dictation(text, f"spoken {text}")
+
+
+def draft_spoken_question(random: np.random.Generator) -> Draft:
+    """One or two questions about shapes or sums, to be written down."""
+    asked = [_question(random) for _ in range(int(random.integers(1, 3)))]
+    return _dictation(" ".join(asked), f"spoken {asked}")
+
+
+def _question(random: np.random.Generator) -> str:
+    if random.random() < 0.5:
+        return _sum(random)[0]
+    return about_scene(random, draft_scene(random)[0])[0]
+
+
+def _sum(random: np.random.Generator) -> tuple[str, int, int]:
+    """A question, and the numbers to be added."""
+    a, b = (int(n) for n in random.integers(10, size=2))
+    return f"What is {NUMERALS[a]} plus {NUMERALS[b]}?", a, b
 
 
 def draft_sum(random: np.random.Generator) -> Draft:
     """A spoken question, to be answered."""
-    a, b = (int(n) for n in random.integers(10, size=2))
-    asked = f"What is {NUMERALS[a]} plus {NUMERALS[b]}?"
+    asked, a, b = _sum(random)
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         return spoken(asked, random, split)
@@ -243,7 +321,7 @@ def draft_spoken_scene(random: np.random.Generator) -> Draft:
 def spoken(text: str, random: np.random.Generator, split: Split) -> Rendered:
     """The text in a voice of the split, at some pace and under some noise."""
     voice = draw_voice(random, split)
-    samples = at_speed(speak(text, voice), canvas.any_of(random, SPEEDS))
+    samples = at_speed(speak(text, voice), any_of(random, SPEEDS))
     noisy = with_noise(samples, snr_db=random.uniform(10, 40), random=random)
     return Rendered({SPEECH: (noisy,)}, voice.names)
 
@@ -266,6 +344,9 @@ FAMILIES: Mapping[str, Callable[[np.random.Generator], Draft]] = {
     "spoken_sum": draft_sum,
     "spoken_scene": draft_spoken_scene,
     "pages": draft_pages,
+    "lines": draft_lines,
+    "scans": draft_scans,
+    "spoken_question": draft_spoken_question,
 }
 
 
@@ -339,7 +420,7 @@ def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
 
 @cache
 def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Pictures [N, 8, 8], white on black, and what they show.
+    """Pictures [N, SCAN, SCAN], black on white, and what they show.
 
     Read from scikit-learn's own file: importing scikit-learn takes seconds.
     """
@@ -349,5 +430,21 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     if not files:
         raise MissingExtraError("scikit-learn", "synth")
     table = np.loadtxt(files[0], delimiter=",")
-    pictures = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    ink = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    pictures = (255 - ink).repeat(SCAN // 8, axis=1).repeat(SCAN // 8, axis=2)
     return pictures, table[:, 64].astype(np.uint8)
+
+
+@cache
+def scans_of(split: Split, digit: int) -> tuple[int, ...]:
+    """The numbers of the scans of a digit that belong to the split, as for `draft_digit`."""
+    _, digits = _digits()
+    return tuple(
+        number
+        for number in np.flatnonzero(digits == digit).tolist()
+        if split_of(_signature_of_scan(number)) == split
+    )
+
+
+def _signature_of_scan(number: int) -> str:
+    return f"digit {number}"

@@ -7,8 +7,9 @@ row, is what is written. Which of them it is, is left to the encoder (`train.enc
 of a letter of a strange font lies between two tokens as often as not.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,8 @@ from phikit.data.media.canvas import Mark
 
 NOTHING = 0
 """The class of tokens that name nothing."""
-SLACK = 0.5
-"""A mark may be named so far beside its box, in tokens."""
+BESIDE, ABOVE = 0.5, 0.3
+"""A mark may be named so far beside its box, and in a row so far from its middle, in tokens."""
 
 
 def mark_classes(pictures: Iterable[Sequence[Mark]]) -> dict[str, int]:
@@ -32,10 +33,9 @@ def mark_classes(pictures: Iterable[Sequence[Mark]]) -> dict[str, int]:
 class MarkedImage(ImageCrops):
     """An image, and the marks in its crops row by row; a token is 2 x 2 patches."""
 
-    classes_U: NDArray[np.int64]
-    spans_U2: NDArray[np.int64]
-    """The tokens that may name each mark, from the first up to, not including, the last, counted
-    row by row over all crops put together."""
+    classes_U: NDArray[np.int64] = field(kw_only=True)
+    places_UT: NDArray[np.bool_] = field(kw_only=True)
+    """Which tokens may name each mark, counted row by row over all crops put together."""
 
 
 def marked(
@@ -45,10 +45,11 @@ def marked(
     size: tuple[int, int],
     classes: Mapping[str, int],
 ) -> MarkedImage:
-    """The image with its marks: each in the row of tokens that holds its middle.
+    """The image with its marks, each to be named in the row of tokens that holds its middle.
 
-    Marks side by side may be named by different tokens, however narrow they are, unless they are
-    more than the tokens to the end of their row; the last ones are then left out.
+    Where the middle is near another row, that one will do as well. Marks side by side may be named
+    by different tokens, however narrow they are, unless they are more than the tokens to the end of
+    their row; the last ones are then left out.
 
     Args:
         image: the picture, cut into crops.
@@ -56,32 +57,41 @@ def marked(
         size: the picture's width and height.
         classes: of the marks' names; marks of other names are left out.
     """
-    rows, columns = image.height_crops, image.width_crops
-    side, tokens = image.pixels_MCHW.shape[-1], image.mask_MPP.shape[-1] // 2
-    shown = fit(*size, grid=Grid(columns, rows), crop_size=side)
-    per_x, per_y = (shown[k] / size[k] * tokens / side for k in range(2))
-    known = [mark for mark in marks if mark.name in classes]
-    placed = sorted(
-        (int((mark.top + mark.bottom) / 2 * per_y), (mark.left + mark.right) / 2 * per_x, mark)
-        for mark in known
-    )
+    crop, tokens = image.pixels_MCHW.shape[-1], image.mask_MPP.shape[-1] // 2
+    rows, columns = image.height_crops * tokens, image.width_crops * tokens
+    shown = fit(*size, grid=Grid(image.width_crops, image.height_crops), crop_size=crop)
+    per_x, per_y = (shown[k] / size[k] * tokens / crop for k in range(2))
+    in_tokens = [
+        Mark(m.name, m.left * per_x, m.top * per_y, m.right * per_x, m.bottom * per_y)
+        for m in marks
+        if m.name in classes
+    ]
     named: list[int] = []
-    spans: list[tuple[int, int]] = []
-    free = 0
-    for row, _, mark in placed:
-        begin, end = row * columns * tokens, (row + 1) * columns * tokens
-        first = begin + max(0, int(mark.left * per_x - SLACK))
-        earliest = max(first, free)
-        if earliest < end:
-            last = begin + int(np.ceil(mark.right * per_x + SLACK))
+    places: list[NDArray[np.bool_]] = []
+    last_row, free = -1, 0
+    for mark in sorted(in_tokens, key=_reading_order):
+        row, _ = _reading_order(mark)
+        first = max(0, int(mark.left - BESIDE))
+        earliest = max(first, free if row == last_row else 0)
+        if earliest < columns:
+            behind = max(math.ceil(mark.right + BESIDE), earliest + 1)
+            middle = (mark.top + mark.bottom) / 2
+            place = np.zeros((rows, columns), np.bool_)
+            place[max(0, int(middle - ABOVE)) : int(middle + ABOVE) + 1, first:behind] = True
             named.append(classes[mark.name])
-            spans.append((first, min(end, max(last, earliest + 1))))
-            free = earliest + 1
+            places.append(place.ravel())
+            last_row, free = row, earliest + 1
     return MarkedImage(
         image.pixels_MCHW,
         image.mask_MPP,
-        rows,
-        columns,
+        image.height_crops,
+        image.width_crops,
+        image.overview,
         classes_U=np.array(named, np.int64),
-        spans_U2=np.array(spans, np.int64).reshape(-1, 2),
+        places_UT=np.array(places, np.bool_).reshape(-1, rows * columns),
     )
+
+
+def _reading_order(mark: Mark) -> tuple[int, float]:
+    """The row of tokens that holds its middle, and how far right it is there."""
+    return int((mark.top + mark.bottom) / 2), (mark.left + mark.right) / 2

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from phikit.base.errors import DataError, PhikitError
 from phikit.base.media import Media, MediaItem, of_items, word_of
 from phikit.base.types import Example
+from phikit.chat.tokenizer import Tokenizer
 from phikit.chat.turns import Renderer
 from phikit.data.media.canvas import Mark
 from phikit.data.problem import Problem
@@ -134,6 +135,27 @@ def _example(
     media = media_of(problem, modalities)
     tokens = media and media.tokens._replace(ids=ids)
     return replace(renderer.example(problem.messages(), media=tokens), media=media)
+
+
+def spelt(example: Example, problem: MediaProblem, tokenizer: Tokenizer) -> Example:
+    """A reply that the pictures show letter by letter is learnt letter by letter.
+
+    The same text in other tokens: what is to be copied then lies there as it is to be written.
+    """
+    shown = {mark.name for marks in problem.marks for mark in marks}
+    letters = [id_ for letter in problem.answer for id_ in tokenizer.encode(letter)]
+    is_shown = shown.issuperset(problem.answer) and tokenizer.decode(letters) == problem.answer
+    if not is_shown:
+        return example
+    [reply] = np.flatnonzero(np.diff(example.loss_mask, prepend=False))[:1]
+    whole = tokenizer.encode(problem.answer)
+    rest = reply + len(whole)
+    assert example.tokens[reply:rest].tolist() == whole, "a reply begins with its text"
+    tokens = np.concatenate([example.tokens[:reply], letters, example.tokens[rest:]])
+    loss_mask = np.concatenate(
+        [example.loss_mask[:reply], np.ones(len(letters), np.bool_), example.loss_mask[rest:]]
+    )
+    return replace(example, tokens=tokens.astype(example.tokens.dtype), loss_mask=loss_mask)
 
 
 def _name(problem: MediaProblem) -> str:

@@ -7,9 +7,11 @@ import pytest
 
 from phikit.base.errors import ConfigError, DataError
 from phikit.base.media import SPEECH, VISION, word_of
+from phikit.chat.render import renderer_for
+from phikit.chat.tokenizer import Tokenizer
 from phikit.data.media import canvas, fonts
-from phikit.data.media.generate import FAMILIES, generate
-from phikit.data.media.problem import MediaProblem, length_buckets
+from phikit.data.media.generate import FAMILIES, generate, scans_of
+from phikit.data.media.problem import MediaProblem, length_buckets, spelt
 from phikit.data.media.speak import SPEAKERS, Voice, speak
 from phikit.data.media.style import style_split, styles_of
 from phikit.data.problem import assert_disjoint
@@ -96,6 +98,34 @@ def test_counts_are_those_of_the_picture():
     cells = lambda mask: mask.reshape(3, 32, 3, 32).any((1, 3)).tolist()  # noqa: E731
     assert cells(red) == [[True, False, False], [False, False, False], [False, False, True]]
     assert cells(blue) == [[False, False, False], [False, True, False], [False, False, False]]
+
+
+def test_every_scan_belongs_to_one_split_whichever_family_shows_it():
+    parts = {split: {n for d in range(10) for n in scans_of(split, d)} for split in SPLITS}
+    assert set.union(*parts.values()) == set(range(1797))
+    assert sum(map(len, parts.values())) == 1797
+    for split in SPLITS:
+        for problem in generate(family="digit", seed=1, count=COUNT, split=split):
+            assert int(problem.signature.split()[1]) in parts[split]
+
+
+def test_a_reply_that_a_picture_shows_is_learnt_letter_by_letter(nano_tokenizer: Tokenizer):
+    renderer = renderer_for(nano_tokenizer, "phi4-mini")
+    for problem in generate(family="text", seed=5, count=20, split="train"):
+        example = renderer.example(problem.messages())
+        told = spelt(example, problem, nano_tokenizer)
+        as_text = [nano_tokenizer.decode(each.tokens.tolist()) for each in (example, told)]
+        assert as_text[0] == as_text[1]
+        learnt = told.tokens[told.loss_mask].tolist()
+        assert [nano_tokenizer.decode([id_]) for id_ in learnt[:-1]] == list(problem.answer)
+        assert learnt[-1] == example.tokens[example.loss_mask][-1]
+        assert len(told.tokens) - len(example.tokens) == (
+            told.loss_mask.sum() - example.loss_mask.sum()
+        )
+    for family in ("shapes", "command"):
+        [problem] = generate(family=family, seed=5, count=1, split="train")
+        example = renderer.example(problem.messages())
+        assert spelt(example, problem, nano_tokenizer) is example
 
 
 def test_voices_are_deterministic_and_differ():
