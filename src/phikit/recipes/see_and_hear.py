@@ -33,10 +33,10 @@ from phikit.weights.surgery import Part
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
 PICTURES = {
-    "digit": 1_000, "scans": 1_200, "text": 3_000, "lines": 5_000, "chart": 2_200, "shapes": 600,
+    "digit": 1_400, "scans": 1_600, "text": 3_000, "lines": 4_600, "chart": 2_200, "shapes": 600,
 }  # fmt: skip
 """On which the vision encoder starts."""
-ASKED = {"digit": 100, "text": 480, "chart": 420, "shapes": 700}
+ASKED = {"digit": 80, "text": 320, "chart": 560, "shapes": 760}
 """That the language model is asked about: it costs a hundred times what the encoder does."""
 SOUNDS = {"spoken_digits": 3_500, "command": 3_000, "spoken_question": 1_500}
 LEARNT = {
@@ -126,7 +126,7 @@ def encoders() -> tuple[MediaStage, ...]:
     of its hidden units ended up off for every token, and stayed so.
     """
     return (
-        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=2.8,
+        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=2.7,
               alone=MarksConfig()),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
               epochs=2.8, alone=CTCConfig(), masked=True),
@@ -141,7 +141,7 @@ def vision_stages() -> tuple[MediaStage, ...]:
         stage("vision1", _share(ASKED, 0.06), {"vision": ("projector",)}, rate=1e-3),
         stage("vision2", _share(ASKED, 0.06), {"vision": ("projector", "encoder")}, rate=1e-3),
         stage("vision3", ASKED, {"vision": ("projector", "encoder", "adapter")}, rate=1.5e-3),
-        stage("vision4", {"pages": 160} | _share(ASKED, 0.12),
+        stage("vision4", {"pages": 128} | _share(ASKED, 0.16),
               {"vision": ("projector", "adapter")}, rate=1e-3),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from phikit.base.device import one_thread
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.progress import Progress
 from phikit.chat.message import Message
@@ -248,8 +249,12 @@ class SensePipeline(Pipeline):
         ]
 
 
+@one_thread()
 def text_state(loaded: Loaded) -> TextState:
-    """What the model makes of text alone: the same hashes mean the same bits."""
+    """What the model makes of text alone: the same hashes mean the same bits.
+
+    On one thread, so that a run which goes on with more of them is compared with its beginning.
+    """
     documents = pretraining_documents(seed=0, count=DOCUMENTS)
     stream = loaded.tokenizer.encode("\n".join(_text_of(document) for document in documents))
     rows = [stream[k : k + TEXT_TOKENS] for k in range(0, len(stream), TEXT_TOKENS)][:TEXTS]

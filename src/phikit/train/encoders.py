@@ -252,7 +252,10 @@ class CTCObjective(MediaSFTObjective):
             zero_infinity=True,
         )
         if self.meanings_CD is not None:
-            total = total + _spoken(hearing, heard, namer, self.meanings_CD)
+            of_frames = zip(log_probs_BSV.detach(), heard, strict=True)
+            log_probs_SV = torch.cat([each[: len(frames)] for each, frames in of_frames])
+            names_SD = log_probs_SV.exp() @ self.meanings_CD
+            total = total + _spoken(hearing, heard, names_SD, self.meanings_CD)
         return LossOutput(total, {})
 
     def _said(self, batch: Batch) -> list[list[int]]:
@@ -264,11 +267,10 @@ class CTCObjective(MediaSFTObjective):
 
 
 def _spoken(
-    hearing: Hearing, heard: Sequence[Tensor], namer: nn.Linear, meanings_CD: Tensor
+    hearing: Hearing, heard: Sequence[Tensor], names_SD: Tensor, meanings_CD: Tensor
 ) -> Tensor:
     """How far the projectors are from saying what each frame is named."""
     features_SD = torch.cat(list(heard)).detach()
-    names_SD = namer(features_SD).softmax(-1).detach() @ meanings_CD
     modes: tuple[Literal["speech", "vision"], ...] = ("speech", "vision")
     said = [torch.cat(hearing.tell([features_SD], mode=mode)) for mode in modes]
     return torch.stack([_distance(each, names_SD, meanings_CD) for each in said]).sum()

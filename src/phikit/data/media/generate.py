@@ -138,21 +138,30 @@ def draft_lines(random: np.random.Generator) -> Draft:
 
 
 def draft_chart(random: np.random.Generator) -> Draft:
-    """The value of a bar, or the label of the highest one."""
-    labels = sorted(_pick(random, LABELS, int(random.integers(2, 4))))
-    values = [int(v) for v in random.choice(np.arange(3, 60), size=len(labels), replace=False)]
-    if random.random() < 0.75:
-        which = int(random.integers(len(labels)))
-        asked, answer = f"What is the value of {labels[which]}?", str(values[which])
-    else:
-        asked, answer = "Which bar is the highest?", labels[int(np.argmax(values))]
+    """The value of a bar."""
+    bars = _bars(random)
+    label, value = any_of(random, list(bars.items()))
+    return _about_bars(bars, f"What is the value of {label}?", str(value))
 
+
+def draft_highest(random: np.random.Generator) -> Draft:
+    """The label of the highest bar."""
+    bars = _bars(random)
+    return _about_bars(bars, "Which bar is the highest?", max(bars, key=bars.__getitem__))
+
+
+def _bars(random: np.random.Generator) -> dict[str, int]:
+    labels = sorted(_pick(random, LABELS, int(random.integers(2, 4))))
+    values = random.choice(np.arange(3, 60), size=len(labels), replace=False).tolist()
+    return dict(zip(labels, values, strict=True))
+
+
+def _about_bars(bars: dict[str, int], asked: str, answer: str) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
-        return _seen(canvas.bars(labels, values, style, random), styles=style.names)
+        return _seen(canvas.bars([*bars], [*bars.values()], style, random), styles=style.names)
 
-    signature = f"chart {list(zip(labels, values, strict=True))}"
-    return Draft(f"<|image_1|>{asked}", answer, signature, render)
+    return Draft(f"<|image_1|>{asked}", answer, f"chart {[*bars.items()]}", render)
 
 
 def draft_table(random: np.random.Generator) -> Draft:
@@ -346,6 +355,7 @@ FAMILIES: Mapping[str, Callable[[np.random.Generator], Draft]] = {
     "pages": draft_pages,
     "lines": draft_lines,
     "scans": draft_scans,
+    "highest": draft_highest,
     "spoken_question": draft_spoken_question,
 }
 
