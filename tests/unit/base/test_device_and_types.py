@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from phikit.base.device import Rank, parse_dtype, peak_memory_bytes, set_threads
+from phikit.base.device import Rank, one_thread, parse_dtype, peak_memory_bytes, set_threads
 from phikit.base.errors import ConfigError
 from phikit.base.types import Example
 
@@ -27,3 +27,15 @@ def test_example_length():
     assert len(example) == 3
     with pytest.raises(AssertionError):
         Example(tokens=np.arange(3, dtype=np.int32), loss_mask=np.zeros(2, dtype=bool))
+
+
+def test_one_thread_for_a_while():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
