@@ -36,7 +36,7 @@ PICTURES = {
     "digit": 1_400, "scans": 1_600, "text": 3_000, "lines": 4_600, "chart": 2_200, "shapes": 600,
 }  # fmt: skip
 """On which the vision encoder starts."""
-ASKED = {"digit": 80, "text": 320, "chart": 560, "shapes": 760}
+ASKED = {"digit": 60, "text": 300, "chart": 560, "shapes": 880}
 """That the language model is asked about: it costs a hundred times what the encoder does."""
 SOUNDS = {"spoken_digits": 3_500, "command": 3_000, "spoken_question": 1_500}
 LEARNT = {
@@ -141,14 +141,14 @@ def vision_stages() -> tuple[MediaStage, ...]:
         stage("vision1", _share(ASKED, 0.06), {"vision": ("projector",)}, rate=1e-3),
         stage("vision2", _share(ASKED, 0.06), {"vision": ("projector", "encoder")}, rate=1e-3),
         stage("vision3", ASKED, {"vision": ("projector", "encoder", "adapter")}, rate=1.5e-3),
-        stage("vision4", {"pages": 128} | _share(ASKED, 0.16),
+        stage("vision4", {"pages": 96} | _share(ASKED, 0.12),
               {"vision": ("projector", "adapter")}, rate=1e-3),
     )  # fmt: skip
 
 
 def speech_stages() -> tuple[MediaStage, ...]:
     """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
-    asked = {"spoken_sum": 100, "spoken_digits": 440, "command": 300}
+    asked = {"spoken_sum": 60, "spoken_digits": 400, "command": 260, "spoken_question": 100}
     return (
         stage("speech1", _share(SOUNDS, 0.03), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
@@ -158,7 +158,7 @@ def speech_stages() -> tuple[MediaStage, ...]:
 
 def joint_stage() -> MediaStage:
     """Questions spoken about pictures; the text model and the audio side are frozen."""
-    families = {"spoken_scene": 420} | _share(ASKED, 0.15)
+    families = {"spoken_scene": 640} | _share(ASKED, 0.2)
     learns: dict[str, tuple[Part, ...]] = {
         "vision": ("projector", "encoder", "adapter"),
         "speech": ("beside",),
