@@ -45,7 +45,6 @@ FAMILIES = ("shapes", "text")
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS_PER_STEP, STEPS = 64, 400
 OPTIM = OptimConfig(adam_lr=3e-3, muon_lr=0.02, warmup=0.05, decay=0.5, final=0.05)
-DECODER = {"d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32}
 
 
 def main() -> None:
@@ -69,7 +68,16 @@ def run(seed: int, train: int, test: int, steps: int) -> dict[str, Any]:
     asked = {f: [captioned(p) for p in problems(0, test, "test", (f,))] for f in FAMILIES}
     assert_disjoint(train=taught, **asked)
     tokenizer = train_tokenizer([p.answer for p in taught], size=400, specials=NANO_SPECIALS)
-    shape = DenseConfig(vocab_size=tokenizer.size, d_mlp=256, max_context=256, **DECODER)
+    shape = DenseConfig(
+        vocab_size=tokenizer.size,
+        d_model=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        d_mlp=256,
+        max_context=256,
+    )
     model = build(shape).initialise(torch.Generator().manual_seed(seed))
     sense = vision().model_copy(update={"adapter": None})
     attach(model, sense, seed=seed)

@@ -34,7 +34,7 @@ from phikit.train.encoders import (
 )
 from phikit.train.media import MediaSFTConfig
 from phikit.train.optim import OptimConfig
-from phikit.weights.surgery import parts, train_only
+from phikit.weights.surgery import Part, parts, train_only
 
 Image = pytest.importorskip("PIL.Image", reason="pip install phikit[media]")
 SFT = MediaSFTConfig(examples_per_step=4, micro_examples=2)
@@ -185,7 +185,8 @@ def test_a_tower_that_does_not_learn_sees_a_picture_once(
     tiny_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ):
     losses, looks = [], []
-    for learnt in (("encoder", "projector"), ("projector",)):
+    stages: tuple[tuple[Part, ...], ...] = (("encoder", "projector"), ("projector",))
+    for learnt in stages:
         model = taught(tiny_model(), *MODALITIES[:2])
         train_only(model, {"vision": learnt})
         objective = marks_objective(model, speaks=True)
