@@ -59,6 +59,7 @@ def test_marks_are_named_where_they_lie(size, boxes):
     scale = min(28 * cut.width_crops / width, 28 * cut.height_crops / height)
     across = 2 * cut.width_crops
     assert len(named.classes_U) <= len(marks) and (named.classes_U == 1).all()
+    middles = [scale * (mark.left + mark.right) / 28 for mark in marks]
     free = 0
     for places in named.places_UT:  # each can be named by a token of its own, in order
         open_to = np.flatnonzero(places)
@@ -69,6 +70,9 @@ def test_marks_are_named_where_they_lie(size, boxes):
             and columns.max() + 1 >= scale * mark.left / 14 - 1
             for mark in marks
         )
+        if len(named.classes_U) == len(marks):
+            start, stop = columns.min(), columns.max() + 1
+            assert any(start - 0.1 <= middle <= stop + 0.1 for middle in middles)
         assert (open_to >= free).any()
         free = open_to[open_to >= free].min() + 1
 

@@ -42,6 +42,7 @@ class Tokenizer:
 
     Attributes:
         specials: the id of each special token.
+        special_ids: these ids.
         byte_ids: ids of single bytes spelt `<0x0A>`, which Llama's BPE falls back to; else empty.
 
     Raises:
@@ -67,8 +68,8 @@ class Tokenizer:
         longest_first = sorted(self.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.byte_ids = _byte_ids(inner)
-        ids = set(self.specials.values())
-        forgeable = [name for name in self.specials if not ids.isdisjoint(self.encode(name))]
+        self.special_ids = frozenset(self.specials.values())
+        forgeable = [n for n in self.specials if not self.special_ids.isdisjoint(self.encode(n))]
         if forgeable:
             raise ChatError(
                 f"this tokenizer encodes the text {forgeable[0]!r} as a special token",
@@ -225,13 +226,12 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.specials.values())
         self._context: list[int] = []  # shown already, kept since a decoder may look back
         self._held: list[int] = []
 
     def push(self, id_: int) -> str:
         """Take one id; returns the text that is now certain, perhaps none."""
-        if id_ in self._special or id_ >= self._tokenizer.size:
+        if id_ in self._tokenizer.special_ids or id_ >= self._tokenizer.size:
             return ""  # without text, and no end to the pieces before it
         self._held.append(id_)
         # Byte pieces in a row are decoded together, so none is certain before the row ends.

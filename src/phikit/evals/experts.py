@@ -115,7 +115,7 @@ def _load(routing: Routing, kinds_T: Tensor) -> Tensor:
 
 def _kinds(tokenizer: Tokenizer, size: int) -> Tensor:
     """The kind of every token id, as a number."""
-    special = set(tokenizer.specials.values())
+    special = tokenizer.special_ids
     kinds = [
         kind_of(tokenizer.decode([i], keep_special=True), is_special=i in special)
         for i in range(tokenizer.size)

@@ -31,7 +31,6 @@ class StopStrings:
             raise ConfigError(f"stop is {strings!r}", fix="give texts of one character or more")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
-        self._specials = frozenset(tokenizer.specials.values())
         # Every token that has text at all has at least one byte; one more token in front keeps
         # what comes first in a text, which some decoders strip of its space.
         self._span = 1 + max(len(string.encode()) for string in strings)
@@ -47,7 +46,7 @@ class StopStrings:
         start, left = len(tokens), self._span
         while start > 0 and left > 0:
             start -= 1
-            left -= tokens[start] not in self._specials and tokens[start] < size
+            left -= tokens[start] not in self._tokenizer.special_ids and tokens[start] < size
         # Byte pieces in a row are decoded together, so a row must not be cut.
         while start > 0 and tokens[start] in byte_ids and tokens[start - 1] in byte_ids:
             start -= 1

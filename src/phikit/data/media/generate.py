@@ -109,12 +109,7 @@ def _pick(random: np.random.Generator, items: Sequence[str], count: int) -> list
 def draft_text(random: np.random.Generator) -> Draft:
     """A short word, with or without a capital, or a number."""
     text = _word(random)
-
-    def render(random: np.random.Generator, split: Split) -> Rendered:
-        style = canvas.draw_style(random, split)
-        return _seen(canvas.words([text], style, random), styles=style.names[:1])
-
-    return Draft("<|image_1|>What does it say?", text, f"text {text.lower()}", render)
+    return _about_words([text], "What does it say?", text, f"text {text.lower()}")
 
 
 def _word(random: np.random.Generator) -> str:
@@ -128,13 +123,16 @@ def draft_lines(random: np.random.Generator) -> Draft:
     """Words and numbers below each other; one of them is asked for."""
     texts = [_word(random) for _ in range(int(random.integers(2, 4)))]
     which = int(random.integers(len(texts)))
+    signature = f"lines {[text.lower() for text in texts]}"
+    return _about_words(texts, f"What does line {which + 1} say?", texts[which], signature)
 
+
+def _about_words(texts: Sequence[str], asked: str, answer: str, signature: str) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         style = canvas.draw_style(random, split)
         return _seen(canvas.words(texts, style, random), styles=style.names[:1])
 
-    question = f"<|image_1|>What does line {which + 1} say?"
-    return Draft(question, texts[which], f"lines {[text.lower() for text in texts]}", render)
+    return Draft(f"<|image_1|>{asked}", answer, signature, render)
 
 
 def draft_chart(random: np.random.Generator) -> Draft:

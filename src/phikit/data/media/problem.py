@@ -147,7 +147,7 @@ def spelt(example: Example, problem: MediaProblem, tokenizer: Tokenizer) -> Exam
     is_shown = shown.issuperset(problem.answer) and tokenizer.decode(letters) == problem.answer
     if not is_shown:
         return example
-    [reply] = np.flatnonzero(np.diff(example.loss_mask, prepend=False))[:1]
+    reply = int(example.loss_mask.argmax())
     whole = tokenizer.encode(problem.answer)
     rest = reply + len(whole)
     assert example.tokens[reply:rest].tolist() == whole, "a reply begins with its text"
