@@ -94,6 +94,7 @@ def stage_folders(config: PipelineConfig, out: Path) -> list[StageFolder]:
             "dtype": config.dtype,
             "base": config.base.model_dump(mode="json"),
             "lora": config.lora.model_dump(mode="json") if config.lora else None,
+            "modalities": [each.model_dump(mode="json") for each in config.modalities],
         }
     )
     for number, stage in enumerate(config.stages):
