@@ -56,7 +56,7 @@ class LowRank(nn.Module):
         return adapter
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a_RD), self.b_DR) * self.scale
+        return F.linear(F.linear(x, self.a_RD) * self.scale, self.b_DR)
 
     def delta(self) -> Tensor:
         """The dense update this adapter stands for, in float32, [out, in]."""
@@ -84,12 +84,12 @@ class LowRankExperts(nn.Module):
             nn.init.kaiming_uniform_(a_RD, a=5**0.5, generator=generator)
 
     def forward(self, x_A: Tensor, ends_E: Tensor) -> Tensor:
-        inner_AR = expert_product(x_A, self.a_ERD, ends_E)
-        return expert_product(inner_AR, self.b_EDR, ends_E) * self.scale
+        inner_AR = expert_product(x_A, self.a_ERD, ends_E) * self.scale
+        return expert_product(inner_AR, self.b_EDR, ends_E)
 
     def of(self, expert: int, x: Tensor) -> Tensor:
         """One expert's update, [..., in] to [..., out]."""
-        return product(product(x, self.a_ERD[expert]), self.b_EDR[expert]) * self.scale
+        return product(product(x, self.a_ERD[expert]) * self.scale, self.b_EDR[expert])
 
     def delta(self) -> Tensor:
         """The dense updates this adapter stands for, in float32, [E, out, in]."""
@@ -155,10 +155,10 @@ class AdaptedRows(Adapted):
         y = super().forward(input)
         parts = [part for part in self.route.now() if part.name in self.adapters]
         if len(parts) > 1:
-            return y.index_add(0, *self._update(input, parts))
+            return y.index_add_(0, *self._update(input, parts))
         for name, rows in parts:
             update = self.adapters[name](input if rows is None else input[rows])
-            y = y + update if rows is None else y.index_add(0, rows, update)
+            y = y.add_(update) if rows is None else y.index_add_(0, rows, update)
         return y
 
     def _update(self, input: Tensor, parts: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:

@@ -57,20 +57,24 @@ def _in_groups(x_NTD: Tensor, adapters: Sequence[Factors], counts: Sequence[int]
     rows = x_NTD.shape[1:-1].numel()
     ends = torch.tensor(counts, device=x_NTD.device).cumsum(0).mul(rows).int()
     inner = F.grouped_mm(x_NTD.flatten(0, -2), a_ERD.transpose(1, 2), offs=ends)
-    update = F.grouped_mm(inner, b_EOR.transpose(1, 2), offs=ends).view(*x_NTD.shape[:-1], -1)
+    inner = inner * _scales(inner, adapters, [count * rows for count in counts])
+    return F.grouped_mm(inner, b_EOR.transpose(1, 2), offs=ends).view(*x_NTD.shape[:-1], -1)
+
+
+def _scales(like: Tensor, adapters: Sequence[Factors], counts: Sequence[int]) -> Tensor | float:
+    """What each row is to be multiplied by, [rows, 1], or one number for all."""
     scales = [factors.scale for factors in adapters]
     if len({*scales}) == 1:
-        return update * scales[0]
-    each = torch.tensor(scales, dtype=update.dtype, device=update.device)
-    scale_N = each.repeat_interleave(torch.tensor(counts, device=update.device))
-    return update * scale_N.view(-1, *[1] * (update.ndim - 1))
+        return scales[0]
+    each = torch.tensor(scales, dtype=like.dtype, device=like.device)
+    return each.repeat_interleave(torch.tensor(counts, device=like.device))[:, None]
 
 
 def _one_by_one(x_NTD: Tensor, adapters: Sequence[Factors], counts: Sequence[int]) -> Tensor:
     """The same for any device, shape and dtype."""
     return torch.cat(
         [
-            F.linear(F.linear(x, a_RD), b_OR) * scale
+            F.linear(F.linear(x, a_RD) * scale, b_OR)
             for x, (a_RD, b_OR, scale) in zip(x_NTD.split(list(counts)), adapters, strict=True)
         ]
     )

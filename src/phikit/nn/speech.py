@@ -112,8 +112,9 @@ class Subsampling(nn.Module):
 
     def _subsample(self, x_BTF: Tensor, lengths_B: Tensor) -> Tensor:
         x = x_BTF[:, None]
+        is_padded = bool((lengths_B < x_BTF.shape[1]).any())
         for layer in self.conv:
-            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+            if is_padded and isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
                 # A clip on its own ends in the convolution's zeros; in a batch it must as well.
                 x = x.masked_fill(~within(lengths_B, x.shape[2])[:, None, :, None], 0.0)
                 lengths_B = (lengths_B + 1) // 2
@@ -172,32 +173,60 @@ class Attention(nn.Module):
         return self.o_proj(y_BNSH.transpose(1, 2).flatten(2))
 
 
+class Pointwise(nn.Conv1d):
+    """A convolution over one token, as the matrix product that it is: on [B, S, D]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight[..., 0], self.bias)
+
+
 class GatedPointwise(nn.Module):
-    """`(value + b1) * silu(gate + b2)` of one matrix, on [B, D, S]."""
+    """`(value + b1) * silu(gate + b2)` of one matrix, on [B, S, D]."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.ext_pw_conv_1d = nn.Conv1d(d_model, 2 * d_model, 1)
+        self.ext_pw_conv_1d = Pointwise(d_model, 2 * d_model)
         self.b1 = nn.Parameter(torch.zeros(1, d_model, 1))
         self.b2 = nn.Parameter(torch.zeros(1, d_model, 1))
 
-    def forward(self, x_BDS: Tensor) -> Tensor:
-        value, gate = self.ext_pw_conv_1d(x_BDS).chunk(2, dim=1)
-        return (value + self.b1) * F.silu(gate + self.b2)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        value, gate = self.ext_pw_conv_1d(x_BSD).chunk(2, dim=-1)
+        return (value + self.b1.mT) * F.silu(gate + self.b2.mT)
+
+
+class Depthwise(nn.Conv1d):
+    """A convolution of every feature by itself, over this token and those before: on [B, S, D].
+
+    Kernels are short, so it is a sum of a few shifted copies, and nothing is transposed.
+    """
+
+    def __init__(self, d_model: int, kernel_size: int) -> None:
+        super().__init__(d_model, d_model, kernel_size, groups=d_model)
+
+    def forward(self, input: Tensor) -> Tensor:
+        [reach] = self.kernel_size
+        tokens = input.shape[1]
+        padded_BSD = F.pad(input, (0, 0, reach - 1, 0))
+        mixed_BSD = self.bias
+        for place in range(reach):
+            shifted_BSD = padded_BSD[:, place : place + tokens]
+            mixed_BSD = torch.addcmul(mixed_BSD, shifted_BSD, self.weight[:, 0, place])
+        return mixed_BSD
 
 
 class CausalConvolution(nn.Module):
-    """Depthwise over this token and those before it, then pointwise, on [B, D, S]."""
+    """Depthwise over this token and those before it, then pointwise, on [B, S, D]."""
 
     def __init__(self, config: SpeechConfig) -> None:
         super().__init__()
-        width = config.d_model
-        self.dw_conv = nn.Conv1d(width, width, config.kernel_size, groups=width)
-        self.pw_conv = nn.Conv1d(width, width, 1)
+        self.dw_conv = Depthwise(config.d_model, config.kernel_size)
+        self.pw_conv = Pointwise(config.d_model, config.d_model)
 
-    def forward(self, x_BDS: Tensor) -> Tensor:
-        reach = self.dw_conv.kernel_size[0] - 1
-        return self.pw_conv(self.dw_conv(F.pad(x_BDS, (reach, 0))))
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.pw_conv(self.dw_conv(x_BSD))
 
 
 class ConvolutionModule(nn.Module):
@@ -208,11 +237,11 @@ class ConvolutionModule(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.glu = GatedPointwise(config.d_model)
         self.dw_sep_conv_1d = CausalConvolution(config)
-        self.ext_pw_conv_1d = nn.Conv1d(config.d_model, config.d_model, 1)
+        self.ext_pw_conv_1d = Pointwise(config.d_model, config.d_model)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BDS = self.glu(self.layer_norm(x_BSD).transpose(1, 2))
-        return self.ext_pw_conv_1d(F.silu(self.dw_sep_conv_1d(x_BDS))).transpose(1, 2)
+        x_BSD = self.dw_sep_conv_1d(self.glu(self.layer_norm(x_BSD)))
+        return self.ext_pw_conv_1d(F.silu(x_BSD))
 
 
 class ConformerBlock(nn.Module):
