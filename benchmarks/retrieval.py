@@ -10,15 +10,17 @@ texts, and the reverse; fonts and contents of these pairs occur in no training. 
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.seeds import machine
+from benchmarks.seeds import machine, spread
 
+from phikit.base.progress import Progress
+from phikit.base.run import Run
 from phikit.chat.render import NANO_SPECIALS, renderer_for
 from phikit.chat.tokenizer import train_tokenizer
 from phikit.data.media.generate import generate
@@ -38,7 +40,8 @@ from phikit.train.contrastive import (
     pair_of,
     recall_at,
 )
-from phikit.train.optim import OptimConfig, Optimiser
+from phikit.train.loop import LoopConfig, train
+from phikit.train.optim import OptimConfig
 from phikit.weights.surgery import attach
 
 FAMILIES = ("shapes", "text")
@@ -61,11 +64,11 @@ def main() -> None:
     print(f"wrote {target}")
 
 
-def run(seed: int, train: int, test: int, steps: int) -> dict[str, Any]:
+def run(seed: int, taught_pairs: int, asked_pairs: int, steps: int) -> dict[str, Any]:
     """One pair of towers: its recall among the held-out pairs of each family."""
     torch.manual_seed(seed)
-    taught = [captioned(p) for p in problems(seed, train, "train")]
-    asked = {f: [captioned(p) for p in problems(0, test, "test", (f,))] for f in FAMILIES}
+    taught = [captioned(p) for p in problems(seed, taught_pairs, "train")]
+    asked = {f: [captioned(p) for p in problems(0, asked_pairs, "test", (f,))] for f in FAMILIES}
     assert_disjoint(train=taught, **asked)
     tokenizer = train_tokenizer([p.answer for p in taught], size=400, specials=NANO_SPECIALS)
     shape = DenseConfig(
@@ -89,23 +92,33 @@ def run(seed: int, train: int, test: int, steps: int) -> dict[str, Any]:
 
     config = ContrastiveConfig(pairs_per_step=PAIRS_PER_STEP)
     objective = ContrastiveObjective(model, pairs(taught), config, seed=seed)
-    optimiser = Optimiser(model.named_parameters(), OPTIM)
-    model.train()
-    began = time.perf_counter()
-    for step in range(steps):
-        [batch] = objective.step_data(step).batches
-        loss, _ = objective.loss(model, batch)
-        (loss / objective.weight(batch)).backward()
-        optimiser.accumulate()
-        optimiser.clip()
-        optimiser.step(OPTIM.rate(step, steps))
-        if (step + 1) % 50 == 0:
-            print(f"seed {seed} step {step + 1}: loss {loss.item() / PAIRS_PER_STEP:.3f}")
-    seconds = time.perf_counter() - began
-    model.eval()
+    loop = LoopConfig(steps=steps, optim=OPTIM, checkpoint_every=steps)
+    with TemporaryDirectory() as folder, Progress() as progress:
+        out = Run.create(Path(folder), config, kind="retrieval")
+        totals = train(
+            model, objective, loop, steps=steps, run=out, progress=progress, name=f"seed {seed}"
+        )
     figures = {family: recalls(model, pairs(of)) for family, of in asked.items()}
     print(json.dumps(figures, indent=1))
-    return {"seed": seed, "steps": steps, "seconds": seconds, "recall": figures}
+    return {"seed": seed, "steps": steps, "seconds": totals.seconds, "recall": figures}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Recall of each family both ways."""
+    runs = record["runs"]
+    asked = [key for key in runs[0]["recall"][FAMILIES[0]] if " at " in key and "chance" not in key]
+    lines = [
+        "| Family | Chance at 1 | " + " | ".join(asked) + " |",
+        "|:--|" + "--:|" * (1 + len(asked)),
+    ]
+    for family in FAMILIES:
+        cells = [
+            spread([run["recall"][family][key] for run in runs]) for key in ("chance at 1", *asked)
+        ]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    pairs, steps = runs[0]["recall"][FAMILIES[0]]["pairs"], runs[0]["steps"]
+    told = f"{pairs} held-out pairs a family, {steps} steps of {PAIRS_PER_STEP} pairs"
+    return "\n".join([*lines, "", f"{told}; mean ± standard deviation of {len(runs)} seeds.", ""])
 
 
 @torch.no_grad()

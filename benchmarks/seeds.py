@@ -73,10 +73,8 @@ def run(pipeline: str, seed: int, stem: Path, settings: list[str]) -> dict[str, 
 def senses_markdown(record: dict[str, Any]) -> str:
     """What a model sees and hears at the end: families in lines, beside chance and text alone."""
     runs = record["runs"]
-    first, last = (
-        [next(s["senses"] for s in order(run["stages"]) if s["senses"]) for run in runs]
-        for order in (iter, reversed)
-    )
+    first = [next(s["senses"] for s in run["stages"] if s["senses"]) for run in runs]
+    last = [_last(run)["senses"] for run in runs]
     lines = ["| Family | Measure | Chance | Text alone | Seen and heard |", "|:--|:--|--:|--:|--:|"]
     for family, of in last[0].items():
         less = ", less is better" if of["measure"] in ERROR_RATES else ""
@@ -95,6 +93,36 @@ def senses_markdown(record: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", f"{seeds} {count} problems a family. The text model: {told}.{took}", ""]
     )
+
+
+def variants_markdown(record: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
+    """A recipe for senses beside its variants: what every family came to, and the text model."""
+    families = list(_last(record["runs"][0])["senses"])
+    heads = [
+        family + (" (less is better)" if of["measure"] in ERROR_RATES else "")
+        for family, of in _last(record["runs"][0])["senses"].items()
+    ]
+    lines = [
+        "| Variant | " + " | ".join(heads) + " | text model's loss |",
+        "|:--|" + "--:|" * (len(heads) + 1),
+    ]
+    for name, found in {"as it is": record, **variants}.items():
+        runs = found["runs"]
+        cells = [
+            spread([_last(run)["senses"][f]["value"] for run in runs if f in _last(run)["senses"]])
+            for f in families
+        ]
+        drift = [_last(run)["text"]["loss"] - run["stages"][0]["text"]["loss"] for run in runs]
+        same = all(stage["is_text_same"] for run in runs for stage in run["stages"])
+        cells.append("the same bits" if same else f"{max(drift, key=abs):+.3f}")
+        seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+        lines.append(f"| {name}{seeds} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _last(run: dict[str, Any]) -> dict[str, Any]:
+    """The last stage of a run that was asked anything."""
+    return next(stage for stage in reversed(run["stages"]) if stage["senses"])
 
 
 def spread(values: list[float]) -> str:

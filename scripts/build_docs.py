@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, its project is not
 from benchmarks.moe import markdown as moe_table  # noqa: E402
 from benchmarks.multimodal import markdown as multimodal_table  # noqa: E402
-from benchmarks.seeds import senses_markdown, spread  # noqa: E402
+from benchmarks.retrieval import markdown as retrieval_table  # noqa: E402
+from benchmarks.seeds import senses_markdown, spread, variants_markdown  # noqa: E402
 from experiments.grin.page import page as grin_page  # noqa: E402
 from experiments.grin.page import write_pages  # noqa: E402
 
@@ -125,6 +126,16 @@ def stage_table(pipeline: str) -> str:
             "",
         ]
     )
+
+
+def sense_variants() -> str:
+    """`see_and_hear` without one of its stages, and with other adapters."""
+    record, name = results("see_and_hear"), "see_and_hear-"
+    files = sorted(RESULTS.glob(f"{name}*.json"))
+    if not record or not files:
+        return unmeasured("see_and_hear")
+    found = {file.stem.removeprefix(name): results(file.stem) for file in files}
+    return variants_markdown(record, {key.replace("-", " "): of for key, of in found.items()})
 
 
 def change(paired: dict[str, Any]) -> str:
@@ -477,6 +488,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
     "see_and_hear results": lambda: measured("see_and_hear", senses_markdown),
+    "see_and_hear variants": sense_variants,
+    "retrieval results": lambda: measured("retrieval", retrieval_table),
     "hear_recordings results": lambda: measured("hear_recordings", senses_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),
     "recipes": recipe_table,
