@@ -33,10 +33,10 @@ from phikit.weights.surgery import Part
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
 PICTURES = {
-    "digit": 1_400, "scans": 1_600, "text": 3_000, "lines": 4_600, "chart": 2_200, "shapes": 600,
+    "digit": 2_000, "scans": 2_400, "text": 6_000, "lines": 9_000, "chart": 3_600, "shapes": 900,
 }  # fmt: skip
 """On which the vision encoder starts."""
-ASKED = {"digit": 60, "text": 300, "chart": 560, "shapes": 880}
+ASKED = {"digit": 80, "text": 560, "chart": 440, "shapes": 960}
 """That the language model is asked about: it costs a hundred times what the encoder does."""
 SOUNDS = {"spoken_digits": 3_500, "command": 3_000, "spoken_question": 1_500}
 LEARNT = {
@@ -46,6 +46,8 @@ LEARNT = {
     "img_projection_down": 0.2,
 }
 """What has learnt before goes slowly through the language model."""
+TEXT_LEARNT = {"model": 0.05}
+"""The same of the text model itself, where it is trained in the place of adapters."""
 
 
 def vision() -> VisionModality:
@@ -126,11 +128,11 @@ def encoders() -> tuple[MediaStage, ...]:
     of its hidden units ended up off for every token, and stayed so.
     """
     return (
-        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=2.7,
+        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=3,
               alone=MarksConfig()),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
-              epochs=2.8, alone=CTCConfig(), masked=True),
-        stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=1e-3, epochs=8,
+              epochs=4.5, alone=CTCConfig(), masked=True),
+        stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=1e-3, epochs=5,
               alone=MarksConfig()),
     )  # fmt: skip
 
@@ -148,7 +150,7 @@ def vision_stages() -> tuple[MediaStage, ...]:
 
 def speech_stages() -> tuple[MediaStage, ...]:
     """Encoder and projector on transcripts; projector and LoRA on questions, encoder frozen."""
-    asked = {"spoken_sum": 60, "spoken_digits": 400, "command": 260, "spoken_question": 100}
+    asked = {"spoken_sum": 120, "spoken_digits": 560, "command": 300, "spoken_question": 160}
     return (
         stage("speech1", _share(SOUNDS, 0.03), {"speech": ("projector", "encoder")},
               rate=1e-3, masked=True),
@@ -158,7 +160,7 @@ def speech_stages() -> tuple[MediaStage, ...]:
 
 def joint_stage() -> MediaStage:
     """Questions spoken about pictures; the text model and the audio side are frozen."""
-    families = {"spoken_scene": 640} | _share(ASKED, 0.2)
+    families = {"spoken_scene": 800} | _share(ASKED, 0.2)
     learns: dict[str, tuple[Part, ...]] = {
         "vision": ("projector", "encoder", "adapter"),
         "speech": ("beside",),
@@ -184,7 +186,7 @@ def see_and_hear(
         )
     kept = tuple(each for each in stages if each.name != without)
     senses, kept = _tuned(tuning, (vision(), speech()), kept)
-    return _pipeline("see_and_hear", backbone, senses, kept)
+    return _pipeline("see_and_hear", backbone, senses, kept, asked=_held_out(stages))
 
 
 def see_modular(*, backbone: Backbone = "smollm2") -> PipelineConfig:
@@ -193,10 +195,10 @@ def see_modular(*, backbone: Backbone = "smollm2") -> PipelineConfig:
     stages = (
         see,
         name,
-        stage("align", _share(PICTURES, 0.1), {"vision": ("projector",)}, rate=1e-3),
-        stage("tune", _share(PICTURES, 0.1), {"vision": ("projector", "adapter")}, rate=5e-4),
+        stage("align", _share(PICTURES, 0.06), {"vision": ("projector",)}, rate=1e-3),
+        stage("tune", _share(PICTURES, 0.06), {"vision": ("projector", "adapter")}, rate=5e-4),
     )
-    return _pipeline("see_modular", backbone, (vision(),), stages)
+    return _pipeline("see_modular", backbone, (vision(),), stages, asked=_held_out(stages))
 
 
 def hear_recordings(
@@ -233,12 +235,9 @@ def _pipeline(
     modalities: tuple[SenseConfig, ...],
     stages: tuple[MediaStage, ...],
     *,
-    asked: MediaFileSource | None = None,
+    asked: MediaSource | MediaFileSource,
 ) -> PipelineConfig:
-    """A pipeline that is `asked` held-out problems, or else some of every family of its stages
-    that go through the text model."""
-    sources = [each.source for each in stages if each.alone is None]
-    families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
+    """A pipeline that is `asked` held-out problems."""
     base, first = _base(backbone)
     return PipelineConfig(
         name=name,
@@ -246,10 +245,17 @@ def _pipeline(
         modalities=modalities,
         stages=(*first, *stages),
         evaluation=EvaluationConfig(
-            source=asked or MediaSource(families=dict.fromkeys(sorted(families), 60)),
-            max_new_tokens=24,
+            source=asked,
+            max_new_tokens=40,
         ),
     )
+
+
+def _held_out(stages: tuple[MediaStage, ...]) -> MediaSource:
+    """Some problems of every family of the stages that go through the text model."""
+    sources = [each.source for each in stages if each.alone is None]
+    families = {f for source in sources if isinstance(source, MediaSource) for f in source.families}
+    return MediaSource(families=dict.fromkeys(sorted(families), 60))
 
 
 def _tuned(
@@ -279,7 +285,11 @@ def _with_adapter_of(owner: str | None, stage: MediaStage) -> MediaStage:
     }
     if trains and owner is not None:
         learns[owner] = (*learns.get(owner, ()), "adapter")
-    return stage.model_copy(update={"learns": learns, "backbone": trains and owner is None})
+    if not trains or owner is not None:
+        return stage.model_copy(update={"learns": learns})
+    optim = stage.loop.optim.model_copy(update={"scales": LEARNT | TEXT_LEARNT})
+    loop = stage.loop.model_copy(update={"optim": optim})
+    return stage.model_copy(update={"learns": learns, "loop": loop, "backbone": True})
 
 
 def _base(backbone: Backbone) -> tuple[NewBase | PretrainedBase, tuple[PretrainStage, ...]]:

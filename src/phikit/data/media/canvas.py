@@ -59,6 +59,12 @@ class Style(NamedTuple):
     palette: str
     ink: Colour
     paper: Colour
+    stretch: float = 1.0
+    """Width of words over that of the font."""
+    slant: float = 0.0
+    """Pixels to the right for every pixel up."""
+    weight: float = 0.0
+    """Pixels that all strokes are thicker by."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,14 +73,25 @@ class Style(NamedTuple):
 
 
 def draw_style(random: np.random.Generator, split: Split) -> Style:
-    """A font and a palette of the split, dark on light or light on dark."""
+    """A font and a palette of the split, dark on light or light on dark.
+
+    Fonts are few. Those of training are also shown narrower, wider, slanted and bolder than they
+    were cut; those of the other splits as they are.
+    """
     family = any_of(random, fonts.families_of(split))
     file = any_of(random, fonts.families()[family])
     palette = any_of(random, styles_of(split, "palette", PALETTES))
     dark = _colour(random, 0, 90)
     light = _colour(random, 200, 256)
     ink, paper = (light, dark) if random.random() < 0.15 else (dark, light)
-    return Style(family, file, palette, ink, paper)
+    style = Style(family, file, palette, ink, paper)
+    if split in ("validation", "test") or random.random() < 0.3:
+        return style
+    return style._replace(
+        stretch=random.uniform(0.85, 1.2),
+        slant=random.uniform(-0.05, 0.15),
+        weight=max(0.0, random.uniform(-0.5, 0.7)),
+    )
 
 
 X_HEIGHT, CAPITAL = 0.5, 0.7
@@ -93,8 +110,34 @@ def words(lines: Sequence[str], style: Style, random: np.random.Generator) -> Dr
     marks: list[Mark] = []
     for i, (line, box) in enumerate(zip(lines, boxes, strict=True)):
         at = (margins[0] - box[0], 2 + row * (i + 0.5) + CAPITAL / 2 * pixels)
-        marks += _write(draw, at, line, made, style.ink)
+        marks += _write(draw, at, line, made, style)
+    image, marks = _recut(image, marks, style)
     return Drawn(noisy(image, random), tuple(marks))
+
+
+def _recut(image: Any, marks: list[Mark], style: Style) -> tuple[Any, list[Mark]]:
+    """A picture of words as wide and as slanted as its style wants, and its marks."""
+    from PIL import Image
+
+    if style.stretch == 1 and style.slant == 0:
+        return image, marks
+    middle, room = image.height / 2, abs(style.slant) * image.height / 2
+    width = round(style.stretch * (image.width + 2 * room))
+    back = (1 / style.stretch, style.slant, -room - style.slant * middle, 0, 1, 0)
+    turned = image.transform(
+        (width, image.height),
+        Image.Transform.AFFINE,
+        back,
+        Image.Resampling.BILINEAR,
+        fillcolor=style.paper,
+    )
+
+    def moved(mark: Mark) -> Mark:
+        shift = room - style.slant * ((mark.top + mark.bottom) / 2 - middle)
+        left, right = (style.stretch * (x + shift) for x in (mark.left, mark.right))
+        return mark._replace(left=left, right=right)
+
+    return turned, [moved(mark) for mark in marks]
 
 
 def bars(
@@ -121,8 +164,8 @@ def bars(
         fill = colours[(first + i) % len(colours)]
         draw.rectangle([axis + 1, y - 0.3 * row, end, y + 0.3 * row], fill=fill)
         line = y + CAPITAL / 2 * pixels
-        marks += _write(draw, (axis - 5, line), label, made, style.ink, anchor="r")
-        marks += _write(draw, (end + 6, line), str(value), made, style.ink)
+        marks += _write(draw, (axis - 5, line), label, made, style, anchor="r")
+        marks += _write(draw, (end + 6, line), str(value), made, style)
     return Drawn(noisy(image, random), tuple(marks))
 
 
@@ -139,7 +182,7 @@ def table(rows: Sequence[Sequence[str]], style: Style, random: np.random.Generat
         for c, cell in enumerate(row):
             line = 4 + height * (r + 0.5) + CAPITAL / 2 * pixels
             at = ((edges[c] + edges[c + 1]) / 2, line)
-            marks += _write(draw, at, cell, made, style.ink, anchor="m")
+            marks += _write(draw, at, cell, made, style, anchor="m")
     for r in range(len(rows) + 1):
         draw.line([(4, 4 + height * r), (round(edges[-1]), 4 + height * r)], fill=style.ink)
     for edge in edges:
@@ -192,6 +235,22 @@ def shapes(
     return Drawn(noisy(image, random), tuple(marks))
 
 
+def rewritten(scan: Picture, random: np.random.Generator) -> Picture:
+    """A grey scan [H, W] on white as another hand might have written it: slanted, of another form.
+
+    Its middle stays where it is.
+    """
+    from PIL import Image
+
+    height, width = scan.shape
+    per_x, per_y = 1 / random.uniform(0.8, 1.15, size=2)
+    slant = random.uniform(-0.2, 0.2)
+    shift_x = width / 2 * (1 - per_x) - slant * height / 2
+    back = (per_x, slant, shift_x, 0, per_y, height / 2 * (1 - per_y))
+    form = (Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
+    return np.asarray(Image.fromarray(scan).transform((width, height), *form, fillcolor=255))
+
+
 def pasted(
     pieces: Sequence[tuple[Picture, str, int, int]], random: np.random.Generator, *, side: int
 ) -> Drawn:
@@ -206,7 +265,7 @@ def pasted(
 
 
 def _write(
-    draw: Any, at: tuple[float, float], text: str, made: Any, ink: Colour, *, anchor: str = "l"
+    draw: Any, at: tuple[float, float], text: str, made: Any, style: Style, *, anchor: str = "l"
 ) -> list[Mark]:
     """Draw a line of text on a baseline, and give a mark for each letter.
 
@@ -217,7 +276,7 @@ def _write(
         at: the left end, the middle or the right end of the baseline.
         anchor: which of them: "l", "m" or "r".
     """
-    draw.text(at, text, font=made, fill=ink, anchor=f"{anchor}s")
+    draw.text(at, text, style.ink, made, f"{anchor}s", stroke_width=style.weight / 2)
     left, _, right, _ = made.getbbox(text, anchor=f"{anchor}s")
     # A box begins at the first ink, which may lie a little off the pen: spread the letters over it.
     stretch = (right - left) / max(made.getlength(text), 1e-6)

@@ -1,4 +1,4 @@
-"""Fonts that come with packages: six families of matplotlib, and ten more of the extra `synth`.
+"""Fonts that come with packages: seven families of matplotlib, eleven more of the extra `synth`.
 
 None is taken from the system: the same seed must draw the same picture everywhere. A family belongs
 to one split, its bold and slanted cuts with it.
@@ -19,24 +19,51 @@ if TYPE_CHECKING:
 # fmt: off
 _MATPLOTLIB = {
     "DejaVuSans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
-    "DejaVuSerif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
-    "DejaVuSansMono": ("DejaVuSansMono", "DejaVuSansMono-Bold"),
-    "STIXGeneral": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
-    "ComputerModern": ("cmr10", "cmb10"),
+    "DejaVuSerif": (
+        "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"
+    ),
+    "DejaVuSansMono": ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique"),
+    "STIXGeneral": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    "ComputerModern": ("cmr10", "cmb10", "cmti10"),
     "ComputerModernSans": ("cmss10",),
+    "ComputerModernTypewriter": ("cmtt10",),
 }
 """Files of each family. Computer Modern's letters and digits lie where ASCII has them."""
 _PACKAGES = {
-    "Caladea": ("font_caladea", ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic")),
+    "Caladea": (
+        "font_caladea", ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic", "Caladea-BoldItalic")
+    ),
     "FjallaOne": ("font_fjallaone", ("FjallaOne-Regular",)),
     "FredokaOne": ("font_fredoka_one", ("FredokaOne-Regular",)),
+    "HankenGrotesk": (
+        "font_hanken_grotesk",
+        (
+            "HankenGrotesk-Regular.otf", "HankenGrotesk-Light.otf", "HankenGrotesk-SemiBold.otf",
+            "HankenGrotesk-Bold.otf", "HankenGrotesk-Italic.otf",
+        ),
+    ),
     "Intuitive": ("font_intuitive", ("Intuitive",)),
-    "Lato": ("font_lato", ("Lato-Regular", "Lato-Bold", "Lato-Italic")),
+    "Lato": (
+        "font_lato",
+        ("Lato-Regular", "Lato-Light", "Lato-Bold", "Lato-Black", "Lato-Italic", "Lato-BoldItalic"),
+    ),
     "Manrope": ("font_manrope", ("Manrope-Regular", "Manrope-Bold")),
     "RedHatDisplay": ("font_rhd", ("RedHatDisplay-Regular", "RedHatDisplay-Bold")),
     "Roboto": ("font_roboto", ("Roboto-Regular", "Roboto-Bold", "Roboto-Italic")),
-    "SourceSansPro": ("font_source_sans_pro", ("SourceSansPro-Regular", "SourceSansPro-Bold")),
-    "SourceSerifPro": ("font_source_serif_pro", ("SourceSerifPro-Regular", "SourceSerifPro-Bold")),
+    "SourceSansPro": (
+        "font_source_sans_pro",
+        (
+            "SourceSansPro-Regular", "SourceSansPro-Light", "SourceSansPro-Bold",
+            "SourceSansPro-Black", "SourceSansPro-It",
+        ),
+    ),
+    "SourceSerifPro": (
+        "font_source_serif_pro",
+        (
+            "SourceSerifPro-Regular", "SourceSerifPro-Light", "SourceSerifPro-Bold",
+            "SourceSerifPro-Black", "SourceSerifPro-It",
+        ),
+    ),
 }
 """The package of each family, and files in its folder `files`."""
 # fmt: on
@@ -48,15 +75,12 @@ def families() -> dict[str, tuple[Path, ...]]:
     found = {}
     core = _folder("matplotlib", "mpl-data/fonts/ttf")
     if core is not None:
-        found |= {
-            name: tuple(core / f"{file}.ttf" for file in files)
-            for name, files in _MATPLOTLIB.items()
-        }
-    for name, (package, files) in _PACKAGES.items():
+        found |= {name: _files(core, names) for name, names in _MATPLOTLIB.items()}
+    for name, (package, names) in _PACKAGES.items():
         folder = _folder(package, "files")
         if folder is not None:
-            found[name] = tuple(folder / f"{file}.ttf" for file in files)
-    return {name: files for name, files in found.items() if all(file.is_file() for file in files)}
+            found[name] = _files(folder, names)
+    return {name: files for name, files in found.items() if files}
 
 
 def families_of(split: Split) -> list[str]:
@@ -84,6 +108,12 @@ def font(path: Path, pixels: int) -> "ImageFont.FreeTypeFont":
     except ImportError as error:
         raise MissingExtraError("pillow", "synth") from error
     return ImageFont.truetype(str(path), pixels)
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files of these names; none unless all are there."""
+    files = tuple(folder / (name if "." in name else f"{name}.ttf") for name in names)
+    return files if all(file.is_file() for file in files) else ()
 
 
 def _folder(package: str, inside: str) -> Path | None:

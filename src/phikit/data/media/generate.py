@@ -24,7 +24,7 @@ from phikit.data.media.speak import draw_voice, speak
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
-VERSION = "4"
+VERSION = "5"
 SCAN = 32
 """Side of a scanned digit in pixels."""
 MOST_TRIES = 10_000
@@ -40,6 +40,8 @@ class Draft(NamedTuple):
     """Equal for two problems that differ only in looks."""
     render: Callable[[np.random.Generator, Split], "Rendered"]
     """Called once the draft is known to be of the split."""
+    thinking: str | None = None
+    """What to think before the answer."""
 
 
 class Rendered(NamedTuple):
@@ -245,7 +247,8 @@ def draft_digit(random: np.random.Generator) -> Draft:
     def render(random: np.random.Generator, split: Split) -> Rendered:
         left, top = (int(place) for place in random.integers(1 + 64 - SCAN, size=2))
         name = str(digits[number])
-        return _seen(canvas.pasted([(scans[number], name, left, top)], random, side=64))
+        scan = _as_written(scans[number], random, split)
+        return _seen(canvas.pasted([(scan, name, left, top)], random, side=64))
 
     question = "<|image_1|>Which digit is this?"
     return Draft(question, str(digits[number]), _signature_of_scan(number), render)
@@ -259,11 +262,12 @@ def draft_scans(random: np.random.Generator) -> Draft:
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         scans, _ = _digits()
-        glued = [
-            (scans[any_of(random, scans_of(split, int(name)))], name, column * SCAN, row * SCAN)
-            for row, names in enumerate(rows)
-            for column, name in enumerate(names)
-        ]
+        glued: list[tuple[canvas.Picture, str, int, int]] = []
+        for place, name in enumerate("".join(rows)):
+            row, column = divmod(place, side)
+            scan = scans[any_of(random, scans_of(split, int(name)))]
+            scan = _as_written(scan, random, split)
+            glued.append((scan, name, column * SCAN, row * SCAN))
         return _seen(canvas.pasted(glued, random, side=side * SCAN))
 
     question = f"<|image_1|>Which digits are in row {which + 1}?"
@@ -304,17 +308,18 @@ def _sum(random: np.random.Generator) -> tuple[str, int, int]:
 
 
 def draft_sum(random: np.random.Generator) -> Draft:
-    """A spoken question, to be answered."""
+    """A spoken question, to be answered; to think of what was heard makes it a written one."""
     asked, a, b = _sum(random)
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         return spoken(asked, random, split)
 
-    return Draft("<|audio_1|>Answer the question.", str(a + b), f"spoken sum {a} {b}", render)
+    question = "<|audio_1|>Answer the question."
+    return Draft(question, str(a + b), f"spoken sum {a} {b}", render, thinking=asked)
 
 
 def draft_spoken_scene(random: np.random.Generator) -> Draft:
-    """A question spoken about a picture."""
+    """A question spoken about a picture; what was heard is thought first."""
     things, signature = draft_scene(random)
     asked, answer = about_scene(random, things)
 
@@ -322,7 +327,8 @@ def draft_spoken_scene(random: np.random.Generator) -> Draft:
         heard, seen = spoken(asked, random, split), _seen(canvas.shapes(things, random))
         return seen._replace(media={**seen.media, **heard.media}, styles=heard.styles)
 
-    return Draft("<|image_1|><|audio_1|>Answer the question.", answer, signature, render)
+    question = "<|image_1|><|audio_1|>Answer the question."
+    return Draft(question, answer, signature, render, thinking=asked)
 
 
 def spoken(text: str, random: np.random.Generator, split: Split) -> Rendered:
@@ -406,7 +412,7 @@ def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
     return MediaProblem(
         question=draft.question,
         answer=draft.answer,
-        thinking=None,
+        thinking=draft.thinking,
         solution=draft.answer,
         steps=None,
         signature=draft.signature,
@@ -441,6 +447,13 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     ink = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     pictures = (255 - ink).repeat(SCAN // 8, axis=1).repeat(SCAN // 8, axis=2)
     return pictures, table[:, 64].astype(np.uint8)
+
+
+def _as_written(scan: canvas.Picture, random: np.random.Generator, split: Split) -> canvas.Picture:
+    """A scan as it is, or in training as another hand might have written it."""
+    if split in ("validation", "test") or random.random() < 0.3:
+        return scan
+    return canvas.rewritten(scan, random)
 
 
 @cache

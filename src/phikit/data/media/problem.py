@@ -145,7 +145,7 @@ def spelt(example: Example, problem: MediaProblem, tokenizer: Tokenizer) -> Exam
     shown = {mark.name for marks in problem.marks for mark in marks}
     letters = [id_ for letter in problem.answer for id_ in tokenizer.encode(letter)]
     is_shown = shown.issuperset(problem.answer) and tokenizer.decode(letters) == problem.answer
-    if not is_shown:
+    if not is_shown or problem.thinking is not None:
         return example
     reply = int(example.loss_mask.argmax())
     whole = tokenizer.encode(problem.answer)
