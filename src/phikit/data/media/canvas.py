@@ -98,44 +98,57 @@ X_HEIGHT, CAPITAL = 0.5, 0.7
 """How high small letters and capitals are, in units of a font's size; fonts differ a little."""
 
 
+SHEET = 96
+"""Width of a picture of words or bars, so that letters are of similar size in all of them."""
+
+
 def words(lines: Sequence[str], style: Style, random: np.random.Generator) -> Drawn:
-    """Lines of text below each other, with a margin of its own on each side."""
-    pixels = min(int(random.integers(20, 27)), 80 // len(lines))
+    """Lines of text below each other, as large as the sheet lets them be."""
+    width = round(SHEET / style.stretch)
+    pixels = min(int(random.integers(26, 39)), 80 // len(lines))
+    lean = 2 + abs(style.slant) * pixels * len(lines) / 2
     made = fonts.font(style.file, pixels)
-    boxes = [made.getbbox(line, anchor="ls") for line in lines]
-    margins = random.integers(2, 3 + pixels // 8, size=2)
+    widest = _widest(made, lines)
+    if widest > width - 2 * lean:
+        pixels = int(pixels * (width - 2 * lean) / widest)
+        made = fonts.font(style.file, pixels)
+        widest = _widest(made, lines)
+    start = random.uniform(lean, max(lean, width - lean - widest))
     row = round(1.17 * pixels)
-    width = max(right - left for left, _, right, _ in boxes) + margins.sum()
-    image, draw = _blank((round(width), row * len(lines) + 4), style.paper)
+    image, draw = _blank((width, row * len(lines) + 4), style.paper)
     marks: list[Mark] = []
-    for i, (line, box) in enumerate(zip(lines, boxes, strict=True)):
-        at = (margins[0] - box[0], 2 + row * (i + 0.5) + CAPITAL / 2 * pixels)
+    for i, line in enumerate(lines):
+        at = (
+            start - made.getbbox(line, anchor="ls")[0],
+            2 + row * (i + 0.5) + CAPITAL / 2 * pixels,
+        )
         marks += _write(draw, at, line, made, style)
-    image, marks = _recut(image, marks, style)
+    if (style.stretch, style.slant) != (1, 0):
+        image, marks = _recut(image, marks, style)
     return Drawn(noisy(image, random), tuple(marks))
 
 
+def _widest(made: Any, lines: Sequence[str]) -> float:
+    boxes = [made.getbbox(line, anchor="ls") for line in lines]
+    return max(right - left for left, _, right, _ in boxes)
+
+
 def _recut(image: Any, marks: list[Mark], style: Style) -> tuple[Any, list[Mark]]:
-    """A picture of words as wide and as slanted as its style wants, and its marks."""
+    """A picture of words as wide as a sheet and as slanted as its style wants, and its marks."""
     from PIL import Image
 
-    if style.stretch == 1 and style.slant == 0:
-        return image, marks
-    middle, room = image.height / 2, abs(style.slant) * image.height / 2
-    width = round(style.stretch * (image.width + 2 * room))
-    back = (1 / style.stretch, style.slant, -room - style.slant * middle, 0, 1, 0)
+    wider, middle = SHEET / image.width, image.height / 2
     turned = image.transform(
-        (width, image.height),
+        (SHEET, image.height),
         Image.Transform.AFFINE,
-        back,
+        (1 / wider, style.slant, -style.slant * middle, 0, 1, 0),
         Image.Resampling.BILINEAR,
         fillcolor=style.paper,
     )
 
     def moved(mark: Mark) -> Mark:
-        shift = room - style.slant * ((mark.top + mark.bottom) / 2 - middle)
-        left, right = (style.stretch * (x + shift) for x in (mark.left, mark.right))
-        return mark._replace(left=left, right=right)
+        shift = style.slant * (middle - (mark.top + mark.bottom) / 2)
+        return mark._replace(left=wider * (mark.left + shift), right=wider * (mark.right + shift))
 
     return turned, [moved(mark) for mark in marks]
 
@@ -145,15 +158,13 @@ def bars(
     values: Sequence[int],
     style: Style,
     random: np.random.Generator,
-    *,
-    width: int = 96,
 ) -> Drawn:
     """A bar chart whose bars lie, with a label before each and its value behind it."""
     pixels = int(random.integers(22, 26))
     made = fonts.font(style.file, pixels)
     axis, row = pixels + 4, pixels + 5
-    longest = max(16, width - axis - 10 - round(max(made.getlength(str(v)) for v in values)))
-    size = (width, row * len(values) + 6)
+    longest = max(16, SHEET - axis - 10 - round(max(made.getlength(str(v)) for v in values)))
+    size = (SHEET, row * len(values) + 6)
     image, draw = _blank(size, style.paper)
     draw.line([(axis, 2), (axis, size[1] - 2)], fill=style.ink)
     colours = PALETTES[style.palette]

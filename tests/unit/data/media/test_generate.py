@@ -105,19 +105,20 @@ def test_a_recut_word_keeps_its_marks_over_its_letters():
     style = canvas.draw_style(np.random.default_rng(0), "test")
     assert (style.stretch, style.slant, style.weight) == (1, 0, 0)
     style = style._replace(ink=(0, 0, 0), paper=(255, 255, 255))
-    widths: list[int] = []
+    forms: list[float] = []
     for stretch, slant, weight in ((1, 0, 0), (0.85, -0.05, 0.7), (1.2, 0.15, 0), (1, 0.15, 0.7)):
         changed = style._replace(stretch=stretch, slant=slant, weight=weight)
         picture, marks = canvas.words(["nom", "xu"], changed, np.random.default_rng(1))
         assert "".join(mark.name for mark in marks) == "nomxu"
-        widths.append(picture.shape[1])
+        assert picture.shape[1] == canvas.SHEET
+        forms.append((marks[2].right - marks[0].left) / (marks[0].bottom - marks[0].top))
         inside = np.zeros(picture.shape[:2], bool)
         for mark in marks:  # the letters are as high as their marks; a pixel for the blur
             top, bottom = round(mark.top) - 4, round(mark.bottom) + 3
             inside[max(0, top) : bottom, max(0, int(mark.left) - 2) : round(mark.right) + 3] = True
         ink = picture.mean(-1) < 128
         assert ink.sum() > 100 and ink[inside].sum() > 0.99 * ink.sum()
-    assert widths[1] < widths[0] < widths[2]
+    assert forms[1] < forms[0] < forms[2]
     in_training = [canvas.draw_style(np.random.default_rng(k), "train") for k in range(40)]
     assert len({each.stretch for each in in_training}) > 10
 
