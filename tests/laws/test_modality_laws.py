@@ -24,7 +24,7 @@ from phikit.models.phi import PhiConfig, PhiModel
 from phikit.nn.lora import LoRALinear, choose_adapter, route_adapters
 from phikit.weights.load import Loaded, load
 from phikit.weights.save import save
-from phikit.weights.surgery import attach, attached, detach, merge, parts, train_only
+from phikit.weights.surgery import adapt, attach, attached, detach, merge, parts, train_only
 
 TEXT = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(7))
 SIZES = {"vocab_size": 300, "d_model": 48, "num_layers": 2, "d_mlp": 64, "max_context": 128}
@@ -352,3 +352,22 @@ def test_a_modality_may_borrow_an_adapter(tiny_model: Callable[..., Decoder]):
     model = taught(tiny_model(), vision, borrower)
     rows = [ROWS["text"], ROWS["speech"], ROWS["vision"], ROWS["both"]]
     assert model.adapters_for(rows) == [None, "vision", "vision", "vision"]
+
+
+def test_an_adapter_may_come_later(tiny_model: Callable[..., Decoder]):
+    """An encoder starts without; given its adapter then, it is what it is attached with one."""
+    vision, speech = MODALITIES[:2]
+    borrower = speech.model_copy(update={"adapter": None, "borrows": "vision"})
+    whole, later = tiny_model(), tiny_model()
+    for model, modalities in ((whole, (vision, borrower)), (later, (vision, speech))):
+        for modality in modalities:
+            attach(model, modality if model is whole else modality.without_adapter(), seed=3)
+    assert later.adapters_for([ROWS["vision"]]) == [None]
+    for modality in (vision, borrower):
+        adapt(later, modality, seed=3)
+    assert_same(whole.state_dict(), later.state_dict())
+    assert attached(whole) == attached(later)
+    rows = [ROWS["speech"], ROWS["vision"]]
+    assert later.adapters_for(rows) == whole.adapters_for(rows) == ["vision", "vision"]
+    with pytest.raises(ConfigError, match="'vision' was attached with an adapter"):
+        adapt(later, vision)

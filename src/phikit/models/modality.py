@@ -144,6 +144,10 @@ class ModalityConfig(Config):
     """The modality whose adapter the rows run on that this one leads. So several can share one, and
     disturb each other."""
 
+    def without_adapter(self) -> Self:
+        """The same with no adapter, of its own or borrowed."""
+        return self.model_copy(update={"adapter": None, "borrows": None})
+
     def build(self, d_model: int) -> Modality:
         """The modality with fresh weights, for a decoder of this width."""
         raise NotImplementedError

@@ -36,7 +36,7 @@ from phikit.train.encoders import (
 )
 from phikit.train.media import MediaSFTObjective
 from phikit.weights.load import Loaded
-from phikit.weights.surgery import attach, parts, train_only
+from phikit.weights.surgery import adapt, attach, parts, train_only
 
 FAULTS = "faults.json"
 """The items of a stage that could not be read, in its folder."""
@@ -54,9 +54,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         ConfigError: the stage trains nothing, or a part that a modality has not.
     """
     model = context.loaded.model
-    for modality in context.modalities:
-        if modality.name not in model.senses:
-            attach(model, modality, seed=stage_seed(context.seed, modality.name, "weights"))
+    _complete(model, stage, context)
     context.progress.task(f"{stage.name}: items", len(context.problems))
     read = prepare(
         [problem for problem in context.problems if isinstance(problem, MediaProblem)],
@@ -96,6 +94,17 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
             copy_encoders(taught, model, stage.learns)
 
     return Prepared(objective, stage.loop.num_steps(objective.steps_per_epoch), taught, finish)
+
+
+def _complete(model: Decoder, stage: MediaStage, context: StageContext) -> None:
+    """Attach what is missing. Encoders start without adapters, so that pipelines which differ in
+    those have the same start."""
+    for modality in context.modalities:
+        name, seed = modality.name, stage_seed(context.seed, modality.name, "weights")
+        if name not in model.senses:
+            attach(model, modality.without_adapter(), seed=seed)
+        if not stage.is_start and model.senses[name].config != modality:
+            adapt(model, modality, seed=seed)
 
 
 def _alone(

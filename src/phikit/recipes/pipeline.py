@@ -44,6 +44,7 @@ from phikit.nn.moe.session import RoutingConfig
 from phikit.recipes.config import (
     DPOStage,
     HubBase,
+    MediaStage,
     NewBase,
     PipelineConfig,
     PretrainStage,
@@ -94,11 +95,18 @@ def stage_folders(config: PipelineConfig, out: Path) -> list[StageFolder]:
             "dtype": config.dtype,
             "base": config.base.model_dump(mode="json"),
             "lora": config.lora.model_dump(mode="json") if config.lora else None,
-            "modalities": [each.model_dump(mode="json") for each in config.modalities],
         }
     )
     for number, stage in enumerate(config.stages):
-        upstream = fingerprint({"upstream": upstream, "stage": stage.model_dump(mode="json")})
+        is_start = isinstance(stage, MediaStage) and stage.is_start
+        senses = [m.without_adapter() if is_start else m for m in config.modalities]
+        upstream = fingerprint(
+            {
+                "upstream": upstream,
+                "stage": stage.model_dump(mode="json"),
+                "modalities": [sense.model_dump(mode="json") for sense in senses],
+            }
+        )
         path = out / "stages" / f"{number}-{stage.name}-{upstream[:8]}"
         folders.append(StageFolder(stage, path, upstream))
     return folders

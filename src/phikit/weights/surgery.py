@@ -64,7 +64,7 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
         ConfigError: the model has a modality or an adapter of that name, or its blocks lack a
             target of the adapter.
     """
-    name, adapter = modality.name, modality.adapter
+    name = modality.name
     if name in model.senses or name in route_of(model).names:
         raise ConfigError(
             f"the model has {name!r} already",
@@ -75,15 +75,39 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = modality.build(model.config.d_model)
-    if adapter is not None:
-        targets = adapter.targets or _targets(model)
-        generator = torch.Generator().manual_seed(seed)
-        shape = {"rank": adapter.rank, "alpha": adapter.alpha}
-        add_adapters(model, name=name, targets=targets, generator=generator, **shape)
+    _adapt(model, modality, seed)
     taken = [sense.token for sense in model.senses.values()]
     token = max([model.config.vocab_size - 1, *taken]) + 1
     _put(model, made.known_by(modality, token=token))
     return parts(model, name)
+
+
+def adapt(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
+    """Give a modality that was attached without an adapter the one it is to have, or to borrow.
+
+    The same as if it had been attached with it, at the same seed; returns its parameters. Raises
+    ConfigError if none of that name was attached, or it has an adapter, or its config differs in
+    more than that.
+    """
+    name = modality.name
+    sense = _check(model, name)
+    if sense.config != modality.without_adapter() or name in route_of(model).names:
+        raise ConfigError(
+            f"{name!r} was attached with an adapter, or as another modality",
+            fix="detach it first",
+        )
+    _adapt(model, modality, seed)
+    sense.config = modality
+    return parts(model, name)
+
+
+def _adapt(model: Decoder, modality: ModalityConfig, seed: int) -> None:
+    adapter = modality.adapter
+    if adapter is not None:
+        targets = adapter.targets or _targets(model)
+        generator = torch.Generator().manual_seed(seed)
+        shape = {"rank": adapter.rank, "alpha": adapter.alpha}
+        add_adapters(model, name=modality.name, targets=targets, generator=generator, **shape)
 
 
 def detach(model: Decoder, name: str) -> None:
