@@ -36,7 +36,7 @@ PICTURES = {
     "digit": 2_000, "scans": 2_400, "text": 6_000, "lines": 9_000, "chart": 3_600, "shapes": 900,
 }  # fmt: skip
 """On which the vision encoder starts."""
-ASKED = {"digit": 80, "text": 560, "chart": 440, "shapes": 960}
+ASKED = {"digit": 140, "text": 560, "chart": 440, "shapes": 960}
 """That the language model is asked about: it costs a hundred times what the encoder does."""
 SOUNDS = {"spoken_digits": 3_500, "command": 3_000, "spoken_question": 1_500}
 LEARNT = {
@@ -159,8 +159,12 @@ def speech_stages() -> tuple[MediaStage, ...]:
 
 
 def joint_stage() -> MediaStage:
-    """Questions spoken about pictures; the text model and the audio side are frozen."""
-    families = {"spoken_scene": 800} | _share(ASKED, 0.2)
+    """Questions spoken about pictures; the text model and the audio side are frozen.
+
+    Two in five rows are of the stages before: with fewer, what was asked in writing was answered
+    with the thought of a heard question.
+    """
+    families = {"spoken_scene": 760, "pages": 40} | _share(ASKED, 0.4)
     learns: dict[str, tuple[Part, ...]] = {
         "vision": ("projector", "encoder", "adapter"),
         "speech": ("beside",),

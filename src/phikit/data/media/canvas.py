@@ -99,7 +99,7 @@ X_HEIGHT, CAPITAL = 0.5, 0.7
 
 
 SHEET = 96
-"""Width of a picture of words or bars, so that letters are of similar size in all of them."""
+"""Width of pictures of words, bars and scans, so that letters are of similar size in all."""
 
 
 def words(lines: Sequence[str], style: Style, random: np.random.Generator) -> Drawn:
@@ -262,11 +262,9 @@ def rewritten(scan: Picture, random: np.random.Generator) -> Picture:
     return np.asarray(Image.fromarray(scan).transform((width, height), *form, fillcolor=255))
 
 
-def pasted(
-    pieces: Sequence[tuple[Picture, str, int, int]], random: np.random.Generator, *, side: int
-) -> Drawn:
+def pasted(pieces: Sequence[tuple[Picture, str, int, int]], random: np.random.Generator) -> Drawn:
     """Grey pictures [H, W] on a white square sheet: each with its name, its left and its top."""
-    sheet = np.full((side, side), 255, np.uint8)
+    sheet = np.full((SHEET, SHEET), 255, np.uint8)
     marks: list[Mark] = []
     for piece, name, left, top in pieces:
         bottom, right = top + piece.shape[0], left + piece.shape[1]

@@ -25,8 +25,8 @@ from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
 VERSION = "5"
-SCAN = 32
-"""Side of a scanned digit in pixels."""
+SCAN = 24
+"""Side of a scanned digit in pixels: as large as letters are."""
 MOST_TRIES = 10_000
 """Drafts of one problem until one is of the split."""
 
@@ -245,30 +245,31 @@ def draft_digit(random: np.random.Generator) -> Draft:
     number = int(random.integers(len(digits)))
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
-        left, top = (int(place) for place in random.integers(1 + 64 - SCAN, size=2))
+        left, top = (int(place) for place in random.integers(1 + canvas.SHEET - SCAN, size=2))
         name = str(digits[number])
         scan = _as_written(scans[number], random, split)
-        return _seen(canvas.pasted([(scan, name, left, top)], random, side=64))
+        return _seen(canvas.pasted([(scan, name, left, top)], random))
 
     question = "<|image_1|>Which digit is this?"
     return Draft(question, str(digits[number]), _signature_of_scan(number), render)
 
 
 def draft_scans(random: np.random.Generator) -> Draft:
-    """Four or nine such digits in rows; one row is asked for."""
-    side = int(random.integers(2, 4))
+    """Four, nine or sixteen such digits in rows; one row is asked for."""
+    side = int(random.integers(2, 5))
     rows = ["".join(map(str, random.integers(10, size=side))) for _ in range(side)]
     which = int(random.integers(side))
 
     def render(random: np.random.Generator, split: Split) -> Rendered:
         scans, _ = _digits()
+        left, top = (int(k) for k in random.integers(1 + canvas.SHEET - side * SCAN, size=2))
         glued: list[tuple[canvas.Picture, str, int, int]] = []
         for place, name in enumerate("".join(rows)):
             row, column = divmod(place, side)
             scan = scans[any_of(random, scans_of(split, int(name)))]
             scan = _as_written(scan, random, split)
-            glued.append((scan, name, column * SCAN, row * SCAN))
-        return _seen(canvas.pasted(glued, random, side=side * SCAN))
+            glued.append((scan, name, left + column * SCAN, top + row * SCAN))
+        return _seen(canvas.pasted(glued, random))
 
     question = f"<|image_1|>Which digits are in row {which + 1}?"
     return Draft(question, rows[which], f"scans {rows}", render)
