@@ -28,7 +28,7 @@ LEFT_OUT = ("transcripts", "metrics")
 
 def main() -> None:
     """Run every seed and keep the results together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pipeline")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default="", help="name of the settings below")

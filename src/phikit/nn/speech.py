@@ -210,7 +210,8 @@ class Depthwise(nn.Conv1d):
         [reach] = self.kernel_size
         tokens = input.shape[1]
         padded_BSD = F.pad(input, (0, 0, reach - 1, 0))
-        mixed_BSD = self.bias
+        assert self.bias is not None
+        mixed_BSD: Tensor = self.bias
         for place in range(reach):
             shifted_BSD = padded_BSD[:, place : place + tokens]
             mixed_BSD = torch.addcmul(mixed_BSD, shifted_BSD, self.weight[:, 0, place])
