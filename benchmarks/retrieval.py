@@ -46,7 +46,7 @@ from phikit.weights.surgery import attach
 
 FAMILIES = ("shapes", "text")
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS_PER_STEP, STEPS = 64, 400
+PAIRS_PER_STEP, STEPS = 64, 300
 OPTIM = OptimConfig(adam_lr=3e-3, muon_lr=0.02, warmup=0.05, decay=0.5, final=0.05)
 
 
@@ -81,7 +81,7 @@ def run(seed: int, taught_pairs: int, asked_pairs: int, steps: int) -> dict[str,
         d_mlp=256,
         max_context=256,
     )
-    model = build(shape).initialise(torch.Generator().manual_seed(seed))
+    model = build(shape).initialise(torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     sense = vision().model_copy(update={"adapter": None})
     attach(model, sense, seed=seed)
     renderer, placeholders = renderer_for(tokenizer, "phi4-mini"), [model.senses["vision"].token]
@@ -98,6 +98,7 @@ def run(seed: int, taught_pairs: int, asked_pairs: int, steps: int) -> dict[str,
         totals = train(
             model, objective, loop, steps=steps, run=out, progress=progress, name=f"seed {seed}"
         )
+    model.eval().float()
     figures = {family: recalls(model, pairs(of)) for family, of in asked.items()}
     print(json.dumps(figures, indent=1))
     return {"seed": seed, "steps": steps, "seconds": totals.seconds, "recall": figures}
