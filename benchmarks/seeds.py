@@ -95,8 +95,11 @@ def senses_markdown(record: dict[str, Any]) -> str:
     )
 
 
-def variants_markdown(record: dict[str, Any], variants: dict[str, dict[str, Any]]) -> str:
+def variants_markdown(name: str, folder: Path) -> str:
     """A recipe for senses beside its variants: what every family came to, and the text model."""
+    files = [folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))]
+    record, *variants = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    names = [file.stem.removeprefix(f"{name}-").replace("-", " ") for file in files[1:]]
     families = list(_last(record["runs"][0])["senses"])
     heads = [
         family + (" (less is better)" if of["measure"] in ERROR_RATES else "")
@@ -106,7 +109,7 @@ def variants_markdown(record: dict[str, Any], variants: dict[str, dict[str, Any]
         "| Variant | " + " | ".join(heads) + " | text model's loss |",
         "|:--|" + "--:|" * (len(heads) + 1),
     ]
-    for name, found in {"as it is": record, **variants}.items():
+    for variant, found in zip(["as it is", *names], [record, *variants], strict=True):
         runs = found["runs"]
         cells = [
             spread([_last(run)["senses"][f]["value"] for run in runs if f in _last(run)["senses"]])
@@ -116,7 +119,7 @@ def variants_markdown(record: dict[str, Any], variants: dict[str, dict[str, Any]
         same = all(stage["is_text_same"] for run in runs for stage in run["stages"])
         cells.append("the same bits" if same else f"{max(drift, key=abs):+.3f}")
         seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
-        lines.append(f"| {name}{seeds} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant}{seeds} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 

@@ -128,16 +128,6 @@ def stage_table(pipeline: str) -> str:
     )
 
 
-def sense_variants() -> str:
-    """`see_and_hear` without one of its stages, and with other adapters."""
-    record, name = results("see_and_hear"), "see_and_hear-"
-    files = sorted(RESULTS.glob(f"{name}*.json"))
-    if not record or not files:
-        return unmeasured("see_and_hear")
-    found = {file.stem.removeprefix(name): results(file.stem) for file in files}
-    return variants_markdown(record, {key.replace("-", " "): of for key, of in found.items()})
-
-
 def change(paired: dict[str, Any]) -> str:
     """One seed's paired difference, in points; says when it is within noise."""
     delta, low, high = (100 * paired[key] for key in ("delta", "low", "high"))
@@ -276,11 +266,8 @@ def cell(value: Any) -> str:
 
 def draw() -> None:
     """The pictures of README, in both colour schemes, from the first seed."""
-    runs = results("nano_reasoner").get("runs")
-    if runs is None:
-        return
+    first = {"stages": results("nano_reasoner")["runs"][0]["stages"]}
     IMAGES.mkdir(parents=True, exist_ok=True)
-    first = {"stages": runs[0]["stages"]}
     for scheme in ("light", "dark"):
         chart(first, IMAGES / f"nano_reasoner-{scheme}.svg", dark=scheme == "dark")
 
@@ -488,7 +475,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
     "see_and_hear results": lambda: measured("see_and_hear", senses_markdown),
-    "see_and_hear variants": sense_variants,
+    "see_and_hear variants": lambda: variants_markdown("see_and_hear", RESULTS),
     "retrieval results": lambda: measured("retrieval", retrieval_table),
     "hear_recordings results": lambda: measured("hear_recordings", senses_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),

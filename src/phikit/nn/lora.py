@@ -157,7 +157,7 @@ class AdaptedRows(Adapted):
         if len(parts) > 1:
             return y.index_add_(0, *self._update(input, parts))
         for name, rows in parts:
-            update = self.adapters[name](input if rows is None else input[rows])
+            update = self.adapters[name](input if rows is None else input.index_select(0, rows))
             y = y.add_(update) if rows is None else y.index_add_(0, rows, update)
         return y
 
@@ -168,7 +168,9 @@ class AdaptedRows(Adapted):
         adapters = [self.adapters[part.name] for part in parts]
         factors = [Factors(each.a_RD, each.b_DR, each.scale) for each in adapters]  # pyright: ignore[reportArgumentType]
         index = torch.cat(rows)
-        return index, grouped_update(input[index], factors, [len(each) for each in rows])
+        return index, grouped_update(
+            input.index_select(0, index), factors, [len(each) for each in rows]
+        )
 
 
 class AdaptedExperts(Adapted):
