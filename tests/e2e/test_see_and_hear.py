@@ -89,6 +89,14 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
     assert again.returncode == 0 and "done before" in again.stdout
     assert json.loads((out / "results.json").read_text()) == results
 
+    shorter = [part for pair in zip(TINY[::2], TINY[1::2], strict=True) if "joint" not in pair[1]
+               for part in pair]  # fmt: skip
+    left_out = phikit("run", "see_and_hear", "--out", out, *shorter, "--set", "without=joint")
+    assert left_out.returncode == 0, left_out.stderr
+    last = json.loads((out / "results.json").read_text())["stages"][-1]
+    assert last["name"] == "speech2" and {*last["senses"]} == held_out
+    assert phikit("run", "see_and_hear", "--out", out, *TINY).returncode == 0
+
     compared = phikit("diff", out, out)
     assert compared.returncode == 0 and "joint" in compared.stdout, compared.stderr
 

@@ -153,6 +153,15 @@ class SensePipeline(Pipeline):
             self.progress.print(render_transcript(transcripts(result)[0]))
         write_atomic(self._evaluation_path(folder), json.dumps(kept))
 
+    def _is_done(self, folder: StageFolder) -> bool:
+        """The last stage is asked everything, which one that others followed before was not."""
+        source, is_last = self.config.evaluation.source, folder.stage is self.config.stages[-1]
+        if not super()._is_done(folder) or not is_last or not isinstance(source, MediaSource):
+            return super()._is_done(folder)
+        results = self._evaluation(folder.path).values()
+        asked = {record.family for result in results for record in result.records}
+        return asked >= {family for family, count in source.families.items() if count}
+
     def _ask(
         self, loaded: Loaded, problems: Sequence[Problem], folder: Path, senses: Senses | None
     ) -> EvalResult:
