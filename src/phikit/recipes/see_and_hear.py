@@ -161,7 +161,7 @@ def speech_stages() -> tuple[MediaStage, ...]:
 def joint_stage() -> MediaStage:
     """Questions spoken about pictures; the text model and the audio side are frozen.
 
-    Two in five rows are of the stages before: with fewer, what was asked in writing was answered
+    Half of the rows are of the stages before: with fewer, what was asked in writing was answered
     with the thought of a heard question.
     """
     families = {"spoken_scene": 760, "pages": 40} | _share(ASKED, 0.4)
