@@ -82,7 +82,7 @@ def run(seed: int, taught_pairs: int, asked_pairs: int, steps: int) -> dict[str,
         max_context=256,
     )
     model = build(shape).initialise(torch.Generator().manual_seed(seed)).to(torch.bfloat16)
-    sense = vision().model_copy(update={"adapter": None})
+    sense = vision().without_adapter()
     attach(model, sense, seed=seed)
     renderer, placeholders = renderer_for(tokenizer, "phi4-mini"), [model.senses["vision"].token]
 

@@ -22,6 +22,7 @@ from phikit.evals.senses import ERROR_RATES
 from phikit.evals.stats import pooled
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
 LEFT_OUT = ("transcripts", "metrics")
 """Parts of results.json too long to keep in the repository."""
 
@@ -38,7 +39,7 @@ def main() -> None:
     name = "-".join(filter(None, (options.pipeline, options.variant)))
     settings = [part for each in options.set for part in ("--set", each)]
     runs = [run(options.pipeline, seed, options.out / name, settings) for seed in options.seeds]
-    target = ROOT / "docs" / "results" / f"{name}.json"
+    target = RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "pipeline": options.pipeline,
@@ -95,27 +96,33 @@ def senses_markdown(record: dict[str, Any]) -> str:
     )
 
 
-def variants_markdown(name: str, folder: Path) -> str:
+def variants_markdown(record: dict[str, Any]) -> str:
     """A recipe for senses beside its variants: what every family came to, and the text model."""
-    files = [folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json"))]
-    record, *variants = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    names = [file.stem.removeprefix(f"{name}-").replace("-", " ") for file in files[1:]]
-    families = list(_last(record["runs"][0])["senses"])
+    stem = f"{record['pipeline']}-"
+    shown = {"as it is": record}
+    for file in sorted(RESULTS.glob(f"{stem}*.json")):
+        variant = file.stem.removeprefix(stem).replace("-", " ")
+        shown[variant] = json.loads(file.read_text(encoding="utf-8"))
+    families = _last(record["runs"][0])["senses"]
     heads = [
         family + (" (less is better)" if of["measure"] in ERROR_RATES else "")
-        for family, of in _last(record["runs"][0])["senses"].items()
+        for family, of in families.items()
     ]
     lines = [
         "| Variant | " + " | ".join(heads) + " | text model's loss |",
         "|:--|" + "--:|" * (len(heads) + 1),
     ]
-    for variant, found in zip(["as it is", *names], [record, *variants], strict=True):
+    for variant, found in shown.items():
         runs = found["runs"]
+        last = [_last(run) for run in runs]
         cells = [
-            spread([_last(run)["senses"][f]["value"] for run in runs if f in _last(run)["senses"]])
+            spread([end["senses"][f]["value"] for end in last if f in end["senses"]])
             for f in families
         ]
-        drift = [_last(run)["text"]["loss"] - run["stages"][0]["text"]["loss"] for run in runs]
+        drift = [
+            end["text"]["loss"] - run["stages"][0]["text"]["loss"]
+            for run, end in zip(runs, last, strict=True)
+        ]
         same = all(stage["is_text_same"] for run in runs for stage in run["stages"])
         cells.append("the same bits" if same else f"{max(drift, key=abs):+.3f}")
         seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""

@@ -475,7 +475,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "nano_reasoner results": lambda: stage_table("nano_reasoner"),
     "smol_reasoner results": lambda: stage_table("smol_reasoner"),
     "see_and_hear results": lambda: measured("see_and_hear", senses_markdown),
-    "see_and_hear variants": lambda: variants_markdown("see_and_hear", RESULTS),
+    "see_and_hear variants": lambda: measured("see_and_hear", variants_markdown),
     "retrieval results": lambda: measured("retrieval", retrieval_table),
     "hear_recordings results": lambda: measured("hear_recordings", senses_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),

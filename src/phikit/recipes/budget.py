@@ -187,7 +187,7 @@ class _Estimator:
     def _of_reader(self, reader: DenseConfig) -> "_Estimator":
         shape = reader.model_copy(update={"vocab_size": READER_VOCABULARY})
         base = self.config.base.model_copy(update={"model": shape})
-        bare = [each.model_copy(update={"adapter": None}) for each in self.config.modalities]
+        bare = [each.without_adapter() for each in self.config.modalities]
         return _Estimator(self.config.model_copy(update={"base": base, "modalities": bare}))
 
     def _dpo(self, stage: DPOStage) -> StageBudget:

@@ -247,7 +247,7 @@ def _reader(
     reader = build(shape.model_copy(update={"vocab_size": vocabulary.size}))
     reader = reader.initialise(generator).to(model.dtype)
     for sense in senses:
-        config = sense.config.model_copy(update={"adapter": None})
+        config = sense.config.without_adapter()
         attach(reader, config, seed=stage_seed(seed, stage.name, config.name))
     copy_encoders(model, reader, stage.learns)
     return reader, [replace(example, tokens=vocabulary.new[example.tokens]) for example in examples]

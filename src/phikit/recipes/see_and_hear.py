@@ -248,10 +248,7 @@ def _pipeline(
         base=base,
         modalities=modalities,
         stages=(*first, *stages),
-        evaluation=EvaluationConfig(
-            source=asked,
-            max_new_tokens=40,
-        ),
+        evaluation=EvaluationConfig(source=asked, max_new_tokens=40),
     )
 
 

@@ -155,9 +155,13 @@ class SensePipeline(Pipeline):
 
     def _is_done(self, folder: StageFolder) -> bool:
         """The last stage is asked everything, which one that others followed before was not."""
-        source, is_last = self.config.evaluation.source, folder.stage is self.config.stages[-1]
-        if not super()._is_done(folder) or not is_last or not isinstance(source, MediaSource):
-            return super()._is_done(folder)
+        source, stage = self.config.evaluation.source, folder.stage
+        if not super()._is_done(folder):
+            return False
+        is_start = isinstance(stage, MediaStage) and stage.is_start  # asked nothing, last or not
+        is_last = stage is self.config.stages[-1]
+        if is_start or not is_last or not isinstance(source, MediaSource):
+            return True
         results = self._evaluation(folder.path).values()
         asked = {record.family for result in results for record in result.records}
         return asked >= {family for family, count in source.families.items() if count}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from phikit.base.errors import MissingExtraError
 from phikit.data.media import fonts
-from phikit.data.media.style import styles_of
+from phikit.data.media.style import is_altered, styles_of
 from phikit.data.split import Split
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def draw_style(random: np.random.Generator, split: Split) -> Style:
     light = _colour(random, 200, 256)
     ink, paper = (light, dark) if random.random() < 0.15 else (dark, light)
     style = Style(family, file, palette, ink, paper)
-    if split in ("validation", "test") or random.random() < 0.3:
+    if not is_altered(random, split):
         return style
     return style._replace(
         stretch=random.uniform(0.85, 1.2),
@@ -135,16 +135,9 @@ def _widest(made: Any, lines: Sequence[str]) -> float:
 
 def _recut(image: Any, marks: list[Mark], style: Style) -> tuple[Any, list[Mark]]:
     """A picture of words as wide as a sheet and as slanted as its style wants, and its marks."""
-    from PIL import Image
-
     wider, middle = SHEET / image.width, image.height / 2
-    turned = image.transform(
-        (SHEET, image.height),
-        Image.Transform.AFFINE,
-        (1 / wider, style.slant, -style.slant * middle, 0, 1, 0),
-        Image.Resampling.BILINEAR,
-        fillcolor=style.paper,
-    )
+    back = (1 / wider, style.slant, -style.slant * middle, 0, 1, 0)
+    turned = _warped(image, back, width=SHEET, paper=style.paper)
 
     def moved(mark: Mark) -> Mark:
         shift = style.slant * (middle - (mark.top + mark.bottom) / 2)
@@ -251,15 +244,24 @@ def rewritten(scan: Picture, random: np.random.Generator) -> Picture:
 
     Its middle stays where it is.
     """
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "synth") from error
     height, width = scan.shape
     per_x, per_y = 1 / random.uniform(0.8, 1.15, size=2)
     slant = random.uniform(-0.2, 0.2)
     shift_x = width / 2 * (1 - per_x) - slant * height / 2
     back = (per_x, slant, shift_x, 0, per_y, height / 2 * (1 - per_y))
-    form = (Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
-    return np.asarray(Image.fromarray(scan).transform((width, height), *form, fillcolor=255))
+    return np.asarray(_warped(Image.fromarray(scan), back, width=width, paper=255))
+
+
+def _warped(image: Any, back: tuple[float, ...], *, width: int, paper: Colour | int) -> Any:
+    """The image moved by an affine map, of the same height; `back` leads from new places to old."""
+    from PIL import Image
+
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    return image.transform((width, image.height), affine, back, bilinear, fillcolor=paper)
 
 
 def pasted(pieces: Sequence[tuple[Picture, str, int, int]], random: np.random.Generator) -> Drawn:

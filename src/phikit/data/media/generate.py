@@ -21,6 +21,7 @@ from phikit.data.media.augment import SPEEDS, at_speed, with_noise
 from phikit.data.media.canvas import Mark, any_of
 from phikit.data.media.problem import MediaProblem, Source
 from phikit.data.media.speak import draw_voice, speak
+from phikit.data.media.style import is_altered
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
@@ -452,9 +453,7 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def _as_written(scan: canvas.Picture, random: np.random.Generator, split: Split) -> canvas.Picture:
     """A scan as it is, or in training as another hand might have written it."""
-    if split in ("validation", "test") or random.random() < 0.3:
-        return scan
-    return canvas.rewritten(scan, random)
+    return canvas.rewritten(scan, random) if is_altered(random, split) else scan
 
 
 @cache

@@ -5,11 +5,16 @@ So a style belongs to one split whatever else is installed, and no seed can move
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from phikit.base.errors import DataError
 from phikit.data.split import Split, content_hash
 
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.10
 """Larger than the shares of problems: there are few styles, and each split needs some."""
+
+AS_IT_IS = 0.3
+"""Share of training that shows its styles unaltered."""
 
 
 def style_split(kind: str, name: str) -> Split:
@@ -32,3 +37,9 @@ def styles_of(split: Split, kind: str, names: Iterable[str]) -> list[str]:
             f"no {kind} is left for the split {split!r}", fix="install more of them, or add some"
         )
     return chosen
+
+
+def is_altered(random: np.random.Generator, split: Split) -> bool:
+    """Whether to show a style altered: most of the time in training, where styles are few, and
+    never where they are judged."""
+    return split in ("train", "rl") and random.random() >= AS_IT_IS
