@@ -478,6 +478,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "see_and_hear variants": lambda: measured("see_and_hear", variants_markdown),
     "retrieval results": lambda: measured("retrieval", retrieval_table),
     "hear_recordings results": lambda: measured("hear_recordings", senses_markdown),
+    "hear_recordings variants": lambda: measured("hear_recordings", variants_markdown),
     "multimodal benchmark": lambda: measured("multimodal", multimodal_table),
     "recipes": recipe_table,
     "commands": command_reference,

@@ -56,12 +56,12 @@ class AudioClip:
 
 
 def load_audio(
-    source: bytes | Path, *, max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_BYTES
+    source: Any, *, max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_BYTES
 ) -> AudioClip:
-    """The clip in a WAV, FLAC or OGG file; arguments and errors are those of both steps:
-    `read_samples`, then `audio_clip`."""
-    samples = read_samples(source, max_seconds=max_seconds, max_bytes=max_bytes)
-    return audio_clip(samples, where=_name(source))
+    """The clip of a path, of a file's bytes, or of samples; arguments and errors are those of both
+    steps: `samples_of`, then `audio_clip`."""
+    samples, where = samples_of(source, max_seconds=max_seconds, max_bytes=max_bytes)
+    return audio_clip(samples, where=where)
 
 
 def read_samples(
@@ -92,12 +92,44 @@ def read_samples(
         raise ChatError(f"{_name(source)} cannot be read: {error.strerror or error}") from error
 
 
+def samples_of(
+    source: Any, *, max_seconds: float, max_bytes: int = MAX_BYTES
+) -> tuple[NDArray[np.float32], str]:
+    """Mono samples at 16 kHz of what people have, and what to call it in messages.
+
+    That is a path, the bytes of a file, or such samples as float32. Errors are those of
+    `read_samples`.
+    """
+    if isinstance(source, bytes | str | Path):
+        file = Path(source) if isinstance(source, str) else source
+        return read_samples(file, max_seconds=max_seconds, max_bytes=max_bytes), _name(file)
+    if not isinstance(source, np.ndarray):
+        raise ChatError(
+            f"a clip is given as {type(source).__name__}", fix="give the bytes or the path"
+        )
+    if source.ndim != 1 or source.dtype != np.float32:
+        raise ChatError(
+            f"samples are {source.dtype} of shape {source.shape}",
+            fix="give mono samples at 16 kHz as float32",
+        )
+    if len(source) > max_seconds * RATE_HZ:
+        raise ChatError(f"the samples are longer than {max_seconds:g} s", fix="give a shorter clip")
+    return source, "the samples"
+
+
 def audio_clip(samples: NDArray[np.float32], *, where: str = "the audio") -> AudioClip:
     """The clip of mono samples at 16 kHz between -1 and 1; `where` is its name in messages.
 
     Raises:
         ChatError: less than one window (25 ms) of sound, or samples that are not finite.
     """
+    check_samples(samples, where=where)
+    features_TF = log_mel(samples)
+    return AudioClip(features_TF, num_tokens=-(-len(features_TF) // FRAMES_PER_TOKEN))
+
+
+def check_samples(samples: NDArray[np.float32], *, where: str) -> None:
+    """Raise ChatError for less than 25 ms of sound, or samples that are not finite."""
     if len(samples) < WINDOW_SAMPLES:
         raise ChatError(
             f"{where} lasts {1000 * len(samples) / RATE_HZ:.1f} ms; "
@@ -105,8 +137,6 @@ def audio_clip(samples: NDArray[np.float32], *, where: str = "the audio") -> Aud
         )
     if not np.isfinite(samples).all():
         raise ChatError(f"{where} holds samples that are not numbers", fix="export it again")
-    features_TF = log_mel(samples)
-    return AudioClip(features_TF, num_tokens=-(-len(features_TF) // FRAMES_PER_TOKEN))
 
 
 def log_mel(samples: NDArray[np.float32]) -> NDArray[np.float32]:

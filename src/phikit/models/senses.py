@@ -6,7 +6,6 @@ takes them small: a crop of 28 pixels and two layers read a digit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from phikit.base.errors import ChatError, MissingExtraError
 from phikit.base.media import SPEECH, VISION
-from phikit.chat.audio import MAX_SECONDS, RATE_HZ, AudioClip, audio_clip, load_audio
+from phikit.chat.audio import MAX_SECONDS, AudioClip, load_audio
 from phikit.chat.image import ImageCrops, load_image
 from phikit.models.modality import Modality, ModalityConfig, register
 from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
@@ -192,26 +191,7 @@ class SpeechModality(ModalityConfig):
 
     def prepare(self, source: Any) -> AudioClip:
         """Of a path, the bytes of a file, or mono samples at 16 kHz as float32."""
-        if isinstance(source, np.ndarray):
-            return self._of_samples(source)
-        if not isinstance(source, bytes | str | Path):
-            raise ChatError(
-                f"a clip is given as {type(source).__name__}", fix="give the bytes or the path"
-            )
-        path = Path(source) if isinstance(source, str) else source
-        return load_audio(path, max_seconds=self.max_seconds)
-
-    def _of_samples(self, samples: np.ndarray) -> AudioClip:
-        if samples.ndim != 1 or samples.dtype != np.float32:
-            raise ChatError(
-                f"samples are {samples.dtype} of shape {samples.shape}",
-                fix="give mono samples at 16 kHz as float32",
-            )
-        if len(samples) > self.max_seconds * RATE_HZ:
-            raise ChatError(
-                f"the samples are longer than {self.max_seconds:g} s", fix="give a shorter clip"
-            )
-        return audio_clip(samples, where="the samples")
+        return load_audio(source, max_seconds=self.max_seconds)
 
 
 def _start_loud(convolutions: nn.Module) -> None:

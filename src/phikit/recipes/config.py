@@ -12,6 +12,7 @@ from phikit.data.source import Source
 from phikit.models.dense import DenseConfig
 from phikit.models.moe import MoEConfig
 from phikit.models.senses import SpeechModality, VisionModality
+from phikit.models.whisper import WhisperModality
 from phikit.train.contrastive import ContrastiveConfig
 from phikit.train.dpo import DPOConfig
 from phikit.train.encoders import CTCConfig, MarksConfig
@@ -180,7 +181,9 @@ Stage = Annotated[
     PretrainStage | MidStage | SFTStage | DPOStage | RLStage | MediaStage,
     Field(discriminator="kind"),
 ]
-SenseConfig = Annotated[VisionModality | SpeechModality, Field(discriminator="kind")]
+SenseConfig = Annotated[
+    VisionModality | SpeechModality | WhisperModality, Field(discriminator="kind")
+]
 
 
 class EvaluationConfig(Config):

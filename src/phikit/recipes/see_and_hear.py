@@ -12,6 +12,7 @@ from phikit.data.source import MediaFileSource, MediaSource
 from phikit.models.catalogue import SMOLLM2_135M
 from phikit.models.modality import AdapterConfig
 from phikit.models.senses import SpeechModality, VisionModality
+from phikit.models.whisper import WhisperModality
 from phikit.nn.speech import SpeechConfig
 from phikit.nn.vision import VisionConfig
 from phikit.recipes.config import (
@@ -29,6 +30,7 @@ from phikit.train.loop import LoopConfig
 from phikit.train.media import MediaSFTConfig
 from phikit.train.optim import OptimConfig
 from phikit.weights.surgery import Part
+from phikit.weights.whisper import WHISPER_TINY_EN
 
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
@@ -211,17 +213,20 @@ def hear_recordings(
     """Spoken digits from recordings of people; the speaker `held_out` is heard in the test alone.
 
     `recordings` is a folder in the layout of the Free Spoken Digit Dataset, which is public. A few
-    people are few voices, so the encoder hears synthesised ones before.
+    people are few voices, so the encoder is one that has heard thousands: Whisper's, which stays as
+    it is. Its projector is aligned on synthesised speech, then learns from people with the adapter.
     """
     source = MediaFileSource(layout="spoken_digits", path=recordings, held_out=held_out)
-    taught = (
-        encoders()[1],
-        _from(source, encoders()[1], epochs=6).model_copy(update={"name": "people"}),
-        _from(source, speech_stages()[0], count=600),
-        _from(source, speech_stages()[1], count=600),
+    ears = WhisperModality(
+        start=WHISPER_TINY_EN, window_seconds=6, adapter=AdapterConfig(rank=16, alpha=32)
     )
+    stages = (
+        stage("align", {"spoken_digits": 1_600}, {"speech": ("projector",)}, rate=1e-3),
+        stage("tune", {"spoken_digits": 1}, {"speech": ("projector", "adapter")}, rate=1e-3)
+        .model_copy(update={"source": source}),
+    )  # fmt: skip
     held = source.model_copy(update={"count": 200})
-    return _pipeline("hear_recordings", backbone, (speech(),), taught, asked=held)
+    return _pipeline("hear_recordings", backbone, (ears,), stages, asked=held)
 
 
 def _from(

@@ -23,6 +23,7 @@ from phikit.base.files import storage_errors, write_atomic
 from phikit.models.decoder import Decoder
 from phikit.models.modality import Modality, ModalityConfig, modality_from
 from phikit.models.multimodal import adapter_folder
+from phikit.models.whisper import WhisperHearing, WhisperModality
 from phikit.nn.lora import (
     BLOCKS,
     adapter_parameters,
@@ -36,6 +37,7 @@ from phikit.nn.quantised import QuantLinear
 from phikit.weights.adapter import load_adapter, save_adapter
 from phikit.weights.build import mismatches
 from phikit.weights.safetensors_files import open_file, write_tensors
+from phikit.weights.whisper import load_whisper
 
 Part = Literal["encoder", "projector", "beside", "adapter"]
 """What a stage may train of a modality."""
@@ -63,6 +65,8 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
     Raises:
         ConfigError: the model has a modality or an adapter of that name, or its blocks lack a
             target of the adapter.
+        WeightsError, MissingExtraError: the checkpoint that its encoder starts from is missing,
+            damaged, or of another shape.
     """
     name = modality.name
     if name in model.senses or name in route_of(model).names:
@@ -75,6 +79,10 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = modality.build(model.config.d_model)
+    is_empty = model.device.type == "meta"  # as in a dry run, which needs no checkpoint
+    if isinstance(modality, WhisperModality) and modality.start is not None and not is_empty:
+        assert isinstance(made, WhisperHearing)
+        load_whisper(made.encoder, modality.start)
     _adapt(model, modality, seed)
     taken = [sense.token for sense in model.senses.values()]
     token = max([model.config.vocab_size - 1, *taken]) + 1
