@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROWS, LENGTH = 16, 80
+ROWS, LENGTH = 16, 96
 SAMPLES = 25_600
 """Of a clip: 1.6 s."""
 CROPS, CLIPS = 8, 4
@@ -85,10 +85,11 @@ def steps() -> dict[str, Callable[[], object]]:
     """A training step of both adapters, encoders and projectors, in three ways; bfloat16."""
     import torch
 
+    from phikit.base.types import Batch, Example
     from phikit.data.pack import batch_rows
     from phikit.models.dense import DenseConfig, DenseModel
     from phikit.recipes.see_and_hear import speech, vision
-    from phikit.train.lm import cross_entropy
+    from phikit.train.media import MediaSFTConfig, MediaSFTObjective
     from phikit.weights.surgery import attach, train_only
 
     shape = DenseConfig(
@@ -111,17 +112,23 @@ def steps() -> dict[str, Callable[[], object]]:
     quarter = ROWS // 4
     groups = [[rows[k] for k in kinds[i : i + quarter]] for i in range(0, ROWS, quarter)]
 
-    def step(parts: Sequence[Sequence[Any]]) -> None:
-        for part in parts:
-            total, _ = cross_entropy(model, batch_rows([[row] for row in part], length=LENGTH))
+    config = MediaSFTConfig(examples_per_step=ROWS, micro_examples=ROWS)
+    objective = MediaSFTObjective(rows, config, seed=0)
+
+    def step(batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            total, _ = objective.loss(model, batch)
             if total.requires_grad:
                 total.backward()
         model.zero_grad()
 
+    def apart(parts: Sequence[Sequence[Example]]) -> list[Batch]:
+        return [batch_rows([[row] for row in part]) for part in parts]
+
     return {
-        "mixed": lambda: step([rows]),
-        "grouped": lambda: step(groups),
-        "one by one": lambda: step([[row] for row in rows]),
+        "mixed": lambda: step(objective.step_data(0).batches),
+        "grouped": lambda: step(apart(groups)),
+        "one by one": lambda: step(apart([[row] for row in rows])),
     }
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from phikit.nn.whisper import WhisperConfig, WhisperEncoder
 
 pytest.importorskip("espeakng_loader", reason="pip install phikit[synth]")
 
@@ -114,15 +117,59 @@ def test_it_learns_beside_its_text(phikit: Run, tmp_path: Path):
     assert "perceives" in described.stdout and "speech (" in described.stdout, described.stderr
 
 
+def test_it_hears_people(phikit: Run, tmp_path: Path):
+    """With ears from a checkpoint, which the run needs at its beginning alone."""
+    start, recordings, out = tmp_path / "whisper", tmp_path / "recordings", tmp_path / "run"
+    ears = WhisperConfig(d_model=16, num_layers=1, num_heads=2, d_mlp=16)
+    state = WhisperEncoder(ears).state_dict()
+    start.mkdir()
+    save_file({f"model.encoder.{k}": v for k, v in state.items()}, start / "model.safetensors")
+    recordings.mkdir()
+    for number, speaker in enumerate(("anna", "bert", "cleo")):
+        for digit in range(10):
+            _sound(recordings / f"{digit}_{speaker}_0.wav", seed=10 * number + digit)
+    base = ("backbone", "dtype", "threads", "base.", "stages.pretrain.", "evaluation.max_new")
+    settings = {k: v for k, v in SETTINGS.items() if k.startswith(base)} | {
+        "recordings": recordings,
+        "held_out": "cleo",
+        "modalities.speech.encoder": ears.model_dump_json(),
+        "modalities.speech.start": start,
+        "modalities.speech.adapter.rank": 2,
+        "stages.align.source.families": '{"spoken_digits": 4}',
+        "stages.align.sft.examples_per_step": 4,
+        "stages.align.sft.micro_examples": 4,
+    }
+    options = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
+    plan = phikit("run", "hear_recordings", *options, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    done = phikit("run", "hear_recordings", "--out", out, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads((out / "results.json").read_text())["stages"][-1]
+    assert last["is_text_same"] and last["senses"]["recorded_digits"]["n"] == 10
+    assert last["items"] == {"read": 20, "faults": []}
+    (start / "model.safetensors").unlink()
+    clip = recordings / "3_cleo_0.wav"
+    said = phikit("chat", out, "--audio", clip, "--max-new-tokens", 3, given="What is this?\n")
+    assert said.returncode == 0, said.stderr
+    gone = phikit("run", "hear_recordings", "--out", tmp_path / "other", *options)
+    assert gone.returncode != 0 and "whisper" in gone.stderr, gone.stderr
+
+
+def _sound(path: Path, *, seed: int) -> None:
+    import soundfile
+
+    noise = np.random.default_rng(seed).standard_normal(8000).astype(np.float32)
+    soundfile.write(path, noise / 10, 8000)
+
+
 def _files(folder: Path) -> tuple[Path, Path]:
     """A picture and a sound."""
-    import soundfile
     from PIL import Image
 
     image, clip = folder / "x.png", folder / "y.wav"
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 255, (40, 60, 3), np.uint8)).save(image)
-    soundfile.write(clip, random.standard_normal(8000).astype(np.float32) / 10, 8000)
+    _sound(clip, seed=0)
     return image, clip
 
 

@@ -12,6 +12,7 @@ from phikit.base.device import Rank
 from phikit.base.media import Media
 from phikit.base.types import Example
 from phikit.data.media.augment import SpecAugmentConfig
+from phikit.data.pack import batch_rows
 from phikit.models.decoder import Decoder
 from phikit.models.senses import Hearing
 from phikit.recipes.media import copy_encoders
@@ -62,6 +63,27 @@ def test_ranks_share_a_step(tiny_model: Callable[..., Decoder]):
     shares = [objective(model, rank=Rank(k, 2)).step_data(0).batches for k in range(2)]
     tokens = [[sum(batch.num_tokens for batch in share) for share in shares]]
     assert sum(tokens[0]) == sum(batch.num_tokens for batch in whole)
+
+
+def test_rows_of_text_are_spared_the_backward_pass(tiny_model: Callable[..., Decoder]):
+    """They make batches of their own, and what is learnt is what one batch of all would teach."""
+    model = taught(tiny_model(), *MODALITIES[:2])
+    learning = train_only(model, {"vision": ("adapter",), "speech": ("adapter",)})
+    config = MediaSFTConfig(examples_per_step=10, micro_examples=10)
+    made = MediaSFTObjective(rows(model), config, seed=3)
+    gradients = []
+    together = batch_rows([[row] for row in rows(model)])
+    for batches in ([together], made.step_data(0).batches):
+        model.zero_grad()
+        totals = [made.loss(model, batch).total for batch in batches]
+        assert [total.requires_grad for total in totals] == [b.media is not None for b in batches]
+        for total in totals:
+            if total.requires_grad:
+                total.backward()
+        gradients.append([p.grad.clone() for p in learning if p.grad is not None])
+    assert len(gradients[0]) == len(learning) and len(made.step_data(0).batches) == 2
+    for whole, apart in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, apart, atol=1e-4, rtol=1e-4)
 
 
 def test_masks_follow_from_seed_step_and_row(tiny_model: Callable[..., Decoder]):

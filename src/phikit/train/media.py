@@ -1,9 +1,10 @@
 """Supervised fine-tuning on rows with pictures and speech: the loss is on the replies alone.
 
-Two things differ from `sft`. A step's rows are of similar length: clips differ tenfold, and a long
-one would pad all of its neighbours. And clips are masked anew each time they are heard
+Three things differ from `sft`. A step's rows are of similar length: clips differ tenfold, and a
+long one would pad all of its neighbours. Clips are masked anew each time they are heard
 (SpecAugment), as a function of seed, step and place in the step, so that a resumed run masks what
-an unbroken one does.
+an unbroken one does. And rows of text make batches of their own: while the text model is frozen
+they teach nothing, and the loop spares them the backward pass.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,13 @@ class MediaSFTObjective(SFTObjective):
             if place % self.rank.size == self.rank.index
         ]
         rows.sort(key=len)
-        batches = [batch_rows([[e] for e in rows[k : k + size]]) for k in range(0, len(rows), size)]
+        with_media = [row for row in rows if row.media and row.media.items]
+        text = [row for row in rows if not (row.media and row.media.items)]
+        batches = [
+            batch_rows([[row] for row in alike[k : k + size]])
+            for alike in (with_media, text)
+            for k in range(0, len(alike), size)
+        ]
         return StepData(batches, {})
 
     def _chosen(self, step: int) -> NDArray[np.int64]:

@@ -435,7 +435,10 @@ def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
 
 
 def _as_held(rendered: Rendered, random: np.random.Generator, split: Split) -> Rendered:
-    """Pictures as they are, or in training as on paper that is not flat; sounds as they are."""
+    """Pictures as they are, or in training as on paper that is not flat; sounds as they are.
+
+    Marks stay where they were drawn, as nothing moves by more than a small part of a token.
+    """
     shown = rendered.media.get(VISION, ())
     held = tuple(
         canvas.bent(picture, random)
