@@ -113,6 +113,8 @@ class AdapterRoute:
         """The adapter of rows that name none."""
         self.parts: tuple[AdapterRows, ...] | None = None
         """Set during a routed pass; None sends all rows through `chosen`."""
+        self.is_sorted = False
+        """Whether the parts, one after another, are all rows of the batch in their order."""
 
     def now(self) -> tuple[AdapterRows, ...]:
         """The parts of the running batch that use an adapter."""
@@ -155,22 +157,26 @@ class AdaptedRows(Adapted):
         y = super().forward(input)
         parts = [part for part in self.route.now() if part.name in self.adapters]
         if len(parts) > 1:
-            return y.index_add_(0, *self._update(input, parts))
+            is_all = self.route.is_sorted and len(parts) == len(self.route.now())
+            return self._updated(y, input, parts, is_all=is_all)
         for name, rows in parts:
             update = self.adapters[name](input if rows is None else input.index_select(0, rows))
             y = y.add_(update) if rows is None else y.index_add_(0, rows, update)
         return y
 
-    def _update(self, input: Tensor, parts: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
-        """The rows of a batch that use several adapters, and their updates."""
+    def _updated(
+        self, y: Tensor, input: Tensor, parts: Sequence[AdapterRows], *, is_all: bool
+    ) -> Tensor:
+        """`y` with the updates of several adapters; `is_all` parts are the batch as it stands."""
         rows = [part.rows for part in parts if part.rows is not None]
         assert len(rows) == len(parts)  # one adapter for all rows leaves none for another
         adapters = [self.adapters[part.name] for part in parts]
         factors = [Factors(each.a_RD, each.b_DR, each.scale) for each in adapters]  # pyright: ignore[reportArgumentType]
+        counts = [len(each) for each in rows]
+        if is_all:
+            return y.add_(grouped_update(input, factors, counts))
         index = torch.cat(rows)
-        return index, grouped_update(
-            input.index_select(0, index), factors, [len(each) for each in rows]
-        )
+        return y.index_add_(0, index, grouped_update(input.index_select(0, index), factors, counts))
 
 
 class AdaptedExperts(Adapted):
@@ -425,11 +431,13 @@ def route_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
         route.check(name)
         index = None if len(rows) == len(names) else torch.tensor(rows, device=device)
         parts.append(AdapterRows(name, index))
-    before, route.parts = route.parts, tuple(parts)
+    before = route.parts, route.is_sorted
+    route.parts = tuple(parts)
+    route.is_sorted = [row for rows in rows_of.values() for row in rows] == [*range(len(names))]
     try:
         yield
     finally:
-        route.parts = before
+        route.parts, route.is_sorted = before
 
 
 @torch.no_grad()

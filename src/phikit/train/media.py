@@ -55,10 +55,10 @@ class MediaSFTObjective(SFTObjective):
             if place % self.rank.size == self.rank.index
         ]
         rows.sort(key=len)
-        with_media = [row for row in rows if row.media and row.media.items]
-        text = [row for row in rows if not (row.media and row.media.items)]
+        with_media = [row for row in rows if _senses(row)]
+        text = [row for row in rows if not _senses(row)]
         batches = [
-            batch_rows([[row] for row in alike[k : k + size]])
+            batch_rows([[row] for row in sorted(alike[k : k + size], key=_senses)])
             for alike in (with_media, text)
             for k in range(0, len(alike), size)
         ]
@@ -87,3 +87,9 @@ class MediaSFTObjective(SFTObjective):
         random = np.random.default_rng([self.seed, step, place])
         clips = tuple(spec_augment(clip, config, random=random) for clip in items[SPEECH])
         return replace(example, media=of_items({**items, SPEECH: clips}))
+
+
+def _senses(row: Example) -> tuple[str, ...]:
+    """The modalities in a row. In this order rows of one adapter lie together, sight leading those
+    of both, and need not be gathered for it."""
+    return tuple(sorted(row.media.items)) if row.media else ()
