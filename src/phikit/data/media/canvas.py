@@ -306,45 +306,6 @@ def noisy(image: object, random: np.random.Generator) -> Picture:
     return np.clip(pixels + random.normal(0, strength, pixels.shape), 0, 255).astype(np.uint8)
 
 
-GRID, BEND = 24, 2.0
-"""Pixels between the places of a picture that are moved, and how far at most."""
-BLUR = 1.0
-"""Widest blur, as the standard deviation in pixels."""
-
-
-def bent(picture: Picture, random: np.random.Generator) -> Picture:
-    """The picture as if its paper were not flat, and half of the time out of focus.
-
-    Nothing moves further than `BEND` pixels either way, and the edges stay edges. Simard et al.
-    (2003) deform digits in this way.
-    """
-    try:
-        from PIL import Image, ImageFilter
-    except ImportError as error:
-        raise MissingExtraError("pillow", "synth") from error
-    height, width = picture.shape[:2]
-    rows, columns = (max(1, round(side / GRID)) for side in (height, width))
-    across, down = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
-    corners = np.stack(np.meshgrid(across, down), axis=-1)
-    moved = corners + random.uniform(-BEND, BEND, corners.shape)
-    moved[[0, -1], :, 1], moved[:, [0, -1], 0] = corners[[0, -1], :, 1], corners[:, [0, -1], 0]
-    whole = corners.round().astype(int)
-    mesh = [
-        (
-            (*whole[i, j].tolist(), *whole[i + 1, j + 1].tolist()),
-            tuple(moved[[i, i + 1, i + 1, i], [j, j, j + 1, j + 1]].flatten().tolist()),
-        )
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    image = Image.fromarray(picture).transform(
-        (width, height), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR
-    )
-    if random.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(random.uniform(0, BLUR)))
-    return np.asarray(image)
-
-
 def _blank(size: tuple[int, int], paper: Colour) -> tuple[Any, Any]:
     """A sheet, and what draws on it."""
     try:

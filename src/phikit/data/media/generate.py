@@ -25,7 +25,7 @@ from phikit.data.media.style import is_altered
 from phikit.data.problem import Provenance
 from phikit.data.split import Split, split_of
 
-VERSION = "6"
+VERSION = "5"
 SCAN = 24
 """Side of a scanned digit in pixels: as large as letters are."""
 MOST_TRIES = 10_000
@@ -410,7 +410,7 @@ def _draft(family: str, random: np.random.Generator, split: Split) -> Draft:
 def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
     random = _stream(family, seed, index)
     draft = _draft(family, random, split)
-    rendered = _as_held(draft.render(random, split), random, split)
+    rendered = draft.render(random, split)
     return MediaProblem(
         question=draft.question,
         answer=draft.answer,
@@ -432,21 +432,6 @@ def _problem(family: str, seed: int, index: int, split: Split) -> MediaProblem:
         styles=rendered.styles,
         marks=rendered.marks,
     )
-
-
-def _as_held(rendered: Rendered, random: np.random.Generator, split: Split) -> Rendered:
-    """Pictures as they are, or in training as on paper that is not flat; sounds as they are.
-
-    Marks stay where they were drawn, as nothing moves by more than a small part of a token.
-    """
-    shown = rendered.media.get(VISION, ())
-    held = tuple(
-        canvas.bent(picture, random)
-        if isinstance(picture, np.ndarray) and is_altered(random, split)
-        else picture
-        for picture in shown
-    )
-    return rendered._replace(media={**rendered.media, VISION: held}) if held else rendered
 
 
 @cache

@@ -123,33 +123,6 @@ def test_a_recut_word_keeps_its_marks_over_its_letters():
     assert len({each.stretch for each in in_training}) > 10
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_what_is_judged_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, split: Split):
-    def never(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        raise AssertionError("altered")
-
-    for how in ("bent", "rewritten"):
-        monkeypatch.setattr(canvas, how, never)
-    for family in ("text", "chart", "scans", "shapes"):
-        generate(family=family, seed=4, count=6, split=split)
-    with pytest.raises(AssertionError, match="altered"):
-        generate(family="text", seed=4, count=6, split="train")
-
-
-def test_bent_paper_moves_nothing_far(monkeypatch: pytest.MonkeyPatch):
-    """A ramp tells where every pixel came from: from near, and its neighbours from nearby."""
-    monkeypatch.setattr(canvas, "BLUR", 0.0)
-    for height, width in ((96, 96), (41, 96), (30, 60)):
-        down, across = np.mgrid[:height, :width]
-        ramp = np.stack([2 * down, 2 * across, 0 * down], axis=-1).astype(np.uint8)
-        found = canvas.bent(ramp, np.random.default_rng(height)).astype(float) / 2
-        assert found.shape == ramp.shape
-        moved = found[..., :2] - np.stack([down, across], axis=-1)
-        assert 0.5 < np.abs(moved).max() <= canvas.BEND + 1
-        assert np.abs(np.diff(moved, axis=0)).max() <= 1.5
-        assert np.abs(np.diff(moved, axis=1)).max() <= 1.5
-
-
 @pytest.mark.parametrize("family", ["spoken_sum", "spoken_scene"])
 def test_what_was_heard_is_thought_before_the_answer(made, family: str):
     for problem in made[family, "train"]:
