@@ -89,7 +89,7 @@ def senses_markdown(record: dict[str, Any]) -> str:
     minutes = [run["wall_seconds"] / 60 for run in runs if run["wall_seconds"]]
     seeds = "One seed." if len(runs) == 1 else f"Mean ± standard deviation of {len(runs)} seeds."
     told = "bit-identical after every stage" if same else f"changed by up to {max(losses):.3f} nats"
-    took = f" The first run took {minutes[0]:.0f} minutes." if minutes else ""
+    took = f" Minutes of a run: {', '.join(f'{each:.0f}' for each in minutes)}." if minutes else ""
     count = next(iter(last[0].values()))["n"]
     return "\n".join(
         [*lines, "", f"{seeds} {count} problems a family. The text model: {told}.{took}", ""]

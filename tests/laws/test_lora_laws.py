@@ -77,6 +77,7 @@ def test_every_row_on_its_own_adapter(tiny_model, dtype):
     attach(model, "a")
     attach(model, "bb", rank=7)
     choose_adapter(model, None)
+    close = 1e-5 if dtype == torch.float32 else 0.1  # gathered rows are rounded once more
     whole = {}
     for name in ("a", "bb"):
         with route_adapters(model, [name] * 3):
@@ -88,13 +89,12 @@ def test_every_row_on_its_own_adapter(tiny_model, dtype):
             if name is None:
                 assert torch.equal(mixed[row], base[row])
             else:
-                close = 1e-5 if dtype == torch.float32 else 0.1
                 torch.testing.assert_close(mixed[row], whole[name][row], atol=close, rtol=0)
                 assert not torch.allclose(mixed[row], base[row], atol=0.2)
     choose_adapter(model, "a")
     with route_adapters(model, [None, "bb", None]):
         mixed = model(TOKENS)
-    torch.testing.assert_close(mixed[0], whole["a"][0], atol=1e-5, rtol=0.05)
+    torch.testing.assert_close(mixed[0], whole["a"][0], atol=close, rtol=0)
     assert torch.equal(model(TOKENS), whole["a"])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError, WeightsError
 from phikit.nn.linear import Linear, product
-from phikit.nn.low_rank import Factors, grouped_update
+from phikit.nn.low_rank import Factors, add_update, grouped_update
 from phikit.nn.moe.experts import ExpertLinear, expert_product
 from phikit.nn.quantised import PackedWeight, QuantExpertLinear, QuantLinear
 
@@ -154,27 +154,18 @@ class AdaptedRows(Adapted):
     """Adapters of a linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
-        parts = [part for part in self.route.now() if part.name in self.adapters]
-        if len(parts) > 1:
-            is_all = self.route.is_sorted and len(parts) == len(self.route.now())
-            return self._updated(y, input, parts, is_all=is_all)
-        for name, rows in parts:
-            update = self.adapters[name](input if rows is None else input.index_select(0, rows))
-            y = y.add_(update) if rows is None else y.index_add_(0, rows, update)
-        return y
-
-    def _updated(
-        self, y: Tensor, input: Tensor, parts: Sequence[AdapterRows], *, is_all: bool
-    ) -> Tensor:
-        """`y` with the updates of several adapters; `is_all` parts are the batch as it stands."""
-        rows = [part.rows for part in parts if part.rows is not None]
-        assert len(rows) == len(parts)  # one adapter for all rows leaves none for another
+        y, now = super().forward(input), self.route.now()
+        parts = [part for part in now if part.name in self.adapters]
+        if not parts:
+            return y
         adapters = [self.adapters[part.name] for part in parts]
         factors = [Factors(each.a_RD, each.b_DR, each.scale) for each in adapters]  # pyright: ignore[reportArgumentType]
+        rows = [part.rows for part in parts if part.rows is not None]
+        if not rows:  # one adapter for all rows leaves none for another
+            return add_update(y, input, factors, [len(input)])
         counts = [len(each) for each in rows]
-        if is_all:
-            return y.add_(grouped_update(input, factors, counts))
+        if self.route.is_sorted and len(parts) == len(now):
+            return add_update(y, input, factors, counts)
         index = torch.cat(rows)
         return y.index_add_(0, index, grouped_update(input.index_select(0, index), factors, counts))
 
