@@ -4,9 +4,10 @@ espeak-ng is a formant synthesiser: robotic, and fast (a few milliseconds a clip
 speaker of its collection in one accent; pitch and pace vary from clip to clip. Speakers of the test
 set are never heard in training.
 
-The library breathes by the C library's random numbers and keeps state from clip to clip, so the
-same words never sound the same twice. Here every clip is made by a freshly loaded library after
-`srand`: the same arguments give the same samples, in any order and any process.
+The library breathes by random numbers, its own (which begin with the time of day) and the C
+library's, and keeps state from clip to clip, so the same words never sound the same twice. Here
+every clip is made by a freshly loaded library with both of them set: the same arguments give the
+same samples, in any order, in any process and at any time.
 """
 
 import _ctypes
@@ -127,6 +128,7 @@ def _synthesise(text: bytes, voice: Voice) -> tuple[NDArray[np.int16], int]:
             ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint,
             ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
         ]  # fmt: skip
+        library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
         ctypes.CDLL(None).srand(_SEED)
         library.espeak_Synth(text, len(text) + 1, 0, _CHARACTERS, 0, _UTF8, None, None)
     finally:

@@ -1,6 +1,7 @@
 """Generated problems: the same bits from one seed, exact answers, splits that share nothing."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +173,14 @@ def test_voices_are_deterministic_and_differ():
         speak("", voice)
     for speaker in SPEAKERS:
         assert len(speak("two", voice._replace(speaker=speaker))) > 2000, speaker
+
+
+def test_a_voice_breathes_the_same_at_any_time():
+    """espeak-ng's own random numbers begin with the second of the day."""
+    voice = Voice("f2", "en-us", 50, 160)  # one of those that breathe
+    first = speak("two", voice)
+    time.sleep(1.1)
+    assert np.array_equal(speak("two", voice), first)
 
 
 def test_every_split_has_styles_of_its_own():
