@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phikit.base.errors import ConfigError, WeightsError
@@ -55,8 +54,9 @@ class LowRank(nn.Module):
         adapter.a_RD, adapter.b_DR, adapter.scale = nn.Parameter(a_RD), nn.Parameter(b_DR), scale
         return adapter
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a_RD) * self.scale, self.b_DR)
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.a_RD, self.b_DR, self.scale)
 
     def delta(self) -> Tensor:
         """The dense update this adapter stands for, in float32, [out, in]."""
@@ -158,8 +158,7 @@ class AdaptedRows(Adapted):
         parts = [part for part in now if part.name in self.adapters]
         if not parts:
             return y
-        adapters = [self.adapters[part.name] for part in parts]
-        factors = [Factors(each.a_RD, each.b_DR, each.scale) for each in adapters]  # pyright: ignore[reportArgumentType]
+        factors = [self._factors(part.name) for part in parts]
         rows = [part.rows for part in parts if part.rows is not None]
         if not rows:  # one adapter for all rows leaves none for another
             return add_update(y, input, factors, [len(input)])
@@ -168,6 +167,11 @@ class AdaptedRows(Adapted):
             return add_update(y, input, factors, counts)
         index = torch.cat(rows)
         return y.index_add_(0, index, grouped_update(input.index_select(0, index), factors, counts))
+
+    def _factors(self, name: str) -> Factors:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LowRank)
+        return adapter.factors
 
 
 class AdaptedExperts(Adapted):
