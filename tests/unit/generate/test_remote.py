@@ -237,10 +237,11 @@ def test_no_more_calls_at_once_than_allowed(server: StubServer):
     with connect(server, max_concurrent=2) as cloud, ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: cloud.answer(ASK, ChatOptions()), range(8)))
         assert server.most_at_once == 2 and cloud.spent.calls == 8
-        inside = threading.Event()
-        server.default = lambda request: (inside.set(), slow(1.0)(request))[1]
+        inside = threading.Semaphore(0)
+        server.default = lambda request: (inside.release(), slow(1.0)(request))[1]
         running = [threads.submit(cloud.answer, ASK, ChatOptions()) for _ in range(2)]
-        inside.wait()
+        for _ in running:
+            inside.acquire()
         with pytest.raises(RemoteUnavailableError, match="under way already"):
             cloud.answer(ASK, ChatOptions(timeout_s=0.1))
         for call in running:
