@@ -37,6 +37,11 @@ class Example:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Of its media; empty for text."""
+        return tuple(self.media.items) if self.media else ()
+
 
 class Batch(NamedTuple):
     """What the model and the objective are given for one step.

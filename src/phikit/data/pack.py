@@ -43,8 +43,7 @@ def pack(examples: Sequence[Example], *, length: int) -> list[list[Example]]:
     """
     alike: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
-        modalities = tuple(example.media.items) if example.media else ()
-        alike.setdefault(modalities, []).append(example)
+        alike.setdefault(example.modalities, []).append(example)
     return [row for group in alike.values() for row in _pack(group, length)]
 
 

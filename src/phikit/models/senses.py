@@ -4,9 +4,9 @@ The encoders are `nn.vision` and `nn.speech`; here they become modalities. A mod
 takes them small: a crop of 28 pixels and two layers read a digit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -48,9 +48,33 @@ class HeardClip:
 
     features_SD: NDArray[np.float32]
 
+    @classmethod
+    def of(cls, features_SD: Tensor) -> Self:
+        return cls(features_SD.float().cpu().numpy())
+
     @property
     def num_tokens(self) -> int:
         return len(self.features_SD)
+
+
+def heard(
+    clips: Sequence[AudioClip | HeardClip],
+    listen: Callable[[Sequence[AudioClip]], list[Tensor]],
+    *,
+    like: Tensor,
+) -> list[Tensor]:
+    """What an encoder makes of clips, one [tokens, D] each, with the device and the type of `like`.
+
+    It listens to those alone that it has not heard before.
+    """
+    fresh = [clip for clip in clips if not isinstance(clip, HeardClip)]
+    new = iter(listen(fresh) if fresh else ())
+    return [
+        torch.as_tensor(clip.features_SD).to(like.device, like.dtype)
+        if isinstance(clip, HeardClip)
+        else next(new)
+        for clip in clips
+    ]
 
 
 class Sight(ImageEmbedder, Modality):
@@ -94,20 +118,12 @@ class Hearing(AudioEmbedder, Modality):
     def forward(
         self, clips: Sequence[AudioClip | HeardClip], *, leader: str = SPEECH
     ) -> list[Tensor]:
-        weight = self.up_proj_for_speech.weight
-        fresh = [clip for clip in clips if not isinstance(clip, HeardClip)]
-        heard = iter(self.listened(fresh) if fresh else ())
-        features = [
-            torch.as_tensor(clip.features_SD).to(weight.device, weight.dtype)
-            if isinstance(clip, HeardClip)
-            else next(heard)
-            for clip in clips
-        ]
+        features = heard(clips, self.listened, like=self.up_proj_for_speech.weight)
         return self.tell(features, mode=VISION if leader == VISION else SPEECH)
 
     @torch.no_grad()
     def encoded(self, items: Sequence[AudioClip]) -> list[HeardClip]:
-        return [HeardClip(each.float().cpu().numpy()) for each in self.listened(items)]
+        return [HeardClip.of(each) for each in self.listened(items)]
 
     def listened(self, clips: Sequence[AudioClip]) -> list[Tensor]:
         """The encoder's part: one [tokens, D] a clip, of the encoder's width."""

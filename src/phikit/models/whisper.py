@@ -18,7 +18,7 @@ from phikit.base.media import SPEECH, VISION
 from phikit.chat.audio import RATE_HZ, AudioClip, check_samples, samples_of
 from phikit.chat.whisper_audio import HOP_SAMPLES, whisper_mel
 from phikit.models.modality import ModalityConfig, ProjectedModality, register
-from phikit.models.senses import HeardClip
+from phikit.models.senses import HeardClip, heard
 from phikit.nn.whisper import WhisperConfig, WhisperEncoder
 
 VECTORS_PER_TOKEN = 4
@@ -33,15 +33,7 @@ class StackedWhisper(WhisperEncoder):
         self.width = VECTORS_PER_TOKEN * config.d_model
 
     def forward(self, items: Sequence[AudioClip | HeardClip]) -> list[Tensor]:
-        like = self.conv1.weight
-        fresh = [item for item in items if isinstance(item, AudioClip)]
-        heard = iter(self.listened(fresh) if fresh else ())
-        return [
-            next(heard)
-            if isinstance(item, AudioClip)
-            else torch.as_tensor(item.features_SD).to(like.device, like.dtype)
-            for item in items
-        ]
+        return heard(items, self.listened, like=self.conv1.weight)
 
     def listened(self, clips: Sequence[AudioClip]) -> list[Tensor]:
         """One [tokens, 4 D] a clip; clips are windows of one length."""
@@ -58,7 +50,7 @@ class WhisperHearing(ProjectedModality):
 
     @torch.no_grad()
     def encoded(self, items: Sequence[AudioClip]) -> list[HeardClip]:
-        return [HeardClip(each.float().cpu().numpy()) for each in self.encoder.listened(items)]
+        return [HeardClip.of(each) for each in self.encoder.listened(items)]
 
 
 @register

@@ -84,7 +84,7 @@ def speech() -> SpeechModality:
 
 def stage(
     name: str,
-    families: dict[str, int],
+    shown: dict[str, int] | MediaFileSource,
     learns: dict[str, tuple[Part, ...]],
     *,
     rate: float,
@@ -93,14 +93,15 @@ def stage(
     alone: MarksConfig | CTCConfig | None = None,
     masked: bool = False,
 ) -> MediaStage:
-    """One stage of this line; the rate falls over the last half of its steps.
+    """One stage of this line, on generated families or on files; the rate falls over the last half
+    of its steps.
 
     Clips meet others of their length. Pictures of one family are of one length, and a step that
     shows them all goes further than a shorter one.
     """
     return MediaStage(
         name=name,
-        source=MediaSource(families=families),
+        source=MediaSource(families=shown) if isinstance(shown, dict) else shown,
         learns=learns,
         alone=alone,
         sft=MediaSFTConfig(
@@ -222,20 +223,10 @@ def hear_recordings(
     )
     stages = (
         stage("align", {"spoken_digits": 1_600}, {"speech": ("projector",)}, rate=1e-3),
-        stage("tune", {"spoken_digits": 1}, {"speech": ("projector", "adapter")}, rate=1e-3)
-        .model_copy(update={"source": source}),
-    )  # fmt: skip
+        stage("tune", source, {"speech": ("projector", "adapter")}, rate=1e-3),
+    )
     held = source.model_copy(update={"count": 200})
     return _pipeline("hear_recordings", backbone, (ears,), stages, asked=held)
-
-
-def _from(
-    source: MediaFileSource, stage: MediaStage, *, count: int | None = None, epochs: float = 1.0
-) -> MediaStage:
-    """A stage on other problems."""
-    taken = source.model_copy(update={"count": count})
-    loop = stage.loop.model_copy(update={"epochs": epochs})
-    return stage.model_copy(update={"source": taken, "loop": loop})
 
 
 def _pipeline(

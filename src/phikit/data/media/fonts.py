@@ -5,11 +5,11 @@ to one split, its bold and slanted cuts with it.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phikit.base.errors import DataError, MissingExtraError
+from phikit.base.packages import package_folder
 from phikit.data.media.style import style_split, styles_of
 from phikit.data.split import Split
 
@@ -117,7 +117,6 @@ def _files(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def _folder(package: str, inside: str) -> Path | None:
-    """A folder of an installed package, found without importing it."""
-    spec = find_spec(package)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return next((Path(place) / inside for place in places), None)
+    """A folder inside an installed package."""
+    folder = package_folder(package)
+    return None if folder is None else folder / inside

@@ -7,8 +7,6 @@ Handwritten digits are real, and their split is that of the scan.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from phikit.base.errors import ConfigError, MissingExtraError
 from phikit.base.media import SPEECH, VISION
+from phikit.base.packages import package_folder
 from phikit.data.media import canvas
 from phikit.data.media.augment import SPEEDS, at_speed, with_noise
 from phikit.data.media.canvas import Mark, any_of
@@ -440,12 +439,10 @@ def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     Read from scikit-learn's own file: importing scikit-learn takes seconds.
     """
-    spec = find_spec("sklearn")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    files = [Path(place) / "datasets" / "data" / "digits.csv.gz" for place in places]
-    if not files:
+    package = package_folder("sklearn")
+    if package is None:
         raise MissingExtraError("scikit-learn", "synth")
-    table = np.loadtxt(files[0], delimiter=",")
+    table = np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     ink = (table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     pictures = (255 - ink).repeat(SCAN // 8, axis=1).repeat(SCAN // 8, axis=2)
     return pictures, table[:, 64].astype(np.uint8)
