@@ -35,7 +35,7 @@ from phikit.weights.whisper import WHISPER_TINY_EN
 Backbone = Literal["smollm2", "nano"]
 Tuning = Literal["mixture", "shared", "full"]
 PICTURES = {
-    "digit": 2_000, "scans": 2_400, "text": 6_000, "lines": 9_000, "chart": 3_600, "shapes": 900,
+    "digit": 2_000, "scans": 3_000, "text": 4_000, "lines": 12_000, "chart": 2_400, "shapes": 600,
 }  # fmt: skip
 """On which the vision encoder starts."""
 ASKED = {"digit": 140, "text": 560, "chart": 440, "shapes": 960}
@@ -88,13 +88,16 @@ def stage(
     learns: dict[str, tuple[Part, ...]],
     *,
     rate: float,
-    epochs: float = 1.0,
+    decay: float = 0.5,
+    final: float = 0.05,
     muon: float | None = None,
+    epochs: float = 1.0,
+    rows: int = 16,
     alone: MarksConfig | CTCConfig | None = None,
     masked: bool = False,
 ) -> MediaStage:
-    """One stage of this line, on generated families or on files; the rate falls over the last half
-    of its steps.
+    """One stage of this line, on generated families or on files; the rate falls over the last part
+    `decay` of its steps.
 
     Clips meet others of their length. Pictures of one family are of one length, and a step that
     shows them all goes further than a shorter one.
@@ -105,8 +108,8 @@ def stage(
         learns=learns,
         alone=alone,
         sft=MediaSFTConfig(
-            examples_per_step=16 if alone is None else 32,
-            micro_examples=16 if alone is None else 32,
+            examples_per_step=rows,
+            micro_examples=rows,
             bucket_steps=8 if "speech" in learns and "vision" not in learns else 1,
             spec_augment=SpecAugmentConfig(throat=0.12) if masked else None,
         ),
@@ -116,8 +119,8 @@ def stage(
                 adam_lr=rate,
                 muon_lr=muon,
                 warmup=0.05,
-                decay=0.5,
-                final=0.05,
+                decay=decay,
+                final=final,
                 scales={} if alone else LEARNT,
             ),
         ),
@@ -128,15 +131,16 @@ def encoders() -> tuple[MediaStage, ...]:
     """The encoders' initialisation, and the projectors', without the language model.
 
     Sight's projector waits for its tower and learns more slowly: at the tower's rate, nine in ten
-    of its hidden units ended up off for every token, and stayed so.
+    of its hidden units ended up off for every token, and stayed so. The tower's rate falls almost
+    from the beginning, in many small steps: it is short of steps, and learns fastest so.
     """
     return (
-        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, muon=0.02, epochs=3,
-              alone=MarksConfig()),
+        stage("see", PICTURES, {"vision": ("encoder",)}, rate=5e-3, decay=0.95, final=0.01,
+              muon=0.02, epochs=3.3, alone=MarksConfig()),
         stage("hear", SOUNDS, {"speech": ("encoder", "projector", "beside")}, rate=2e-3, muon=0.02,
-              epochs=4.5, alone=CTCConfig(), masked=True),
+              epochs=4.5, rows=32, alone=CTCConfig(), masked=True),
         stage("name", _share(PICTURES, 0.25), {"vision": ("projector",)}, rate=1e-3, epochs=5,
-              alone=MarksConfig()),
+              rows=32, alone=MarksConfig()),
     )  # fmt: skip
 
 

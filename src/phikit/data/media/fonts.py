@@ -1,10 +1,12 @@
-"""Fonts that come with packages: seven families of matplotlib, eleven more of the extra `synth`.
+"""Fonts that come with packages: seven families of matplotlib, seventeen more of the extra `synth`.
 
 None is taken from the system: the same seed must draw the same picture everywhere. A family belongs
 to one split, its bold and slanted cuts with it.
 """
 
 from functools import cache
+from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,13 @@ _PACKAGES = {
     ),
 }
 """The package of each family, and files in its folder `files`."""
+_OPEN_SANS = (
+    "OpenSans-Regular", "OpenSans-Light", "OpenSans-SemiBold", "OpenSans-Bold", "OpenSans-Italic",
+    "OpenSans-BoldItalic",
+)
+_PYMUPDF = {"CascadiaMono", "FiraGO", "NotoSans", "SpaceMono", "Ubuntu"}
+"""Families of pymupdf-fonts, four cuts each. FiraMono and UbuntuMono are too near to two of them to
+be in another split."""
 # fmt: on
 
 
@@ -80,6 +89,12 @@ def families() -> dict[str, tuple[Path, ...]]:
         folder = _folder(package, "files")
         if folder is not None:
             found[name] = _files(folder, names)
+    if (folder := _folder("ttf_opensans", "ttf")) is not None:
+        found["OpenSans"] = _files(folder, _OPEN_SANS)
+    if (folder := package_folder("pymupdf_fonts")) is not None:
+        for name in sorted(_PYMUPDF):
+            cuts = ("Regular", "Bold", "Italic", "BoldItalic")
+            found[name] = _files(folder, tuple(f"{name}_{cut}.py" for cut in cuts))
     return {name: files for name, files in found.items() if files}
 
 
@@ -107,7 +122,10 @@ def font(path: Path, pixels: int) -> "ImageFont.FreeTypeFont":
         from PIL import ImageFont
     except ImportError as error:
         raise MissingExtraError("pillow", "synth") from error
-    return ImageFont.truetype(str(path), pixels)
+    if path.suffix != ".py":
+        return ImageFont.truetype(str(path), pixels)
+    module = import_module(f"{path.parent.name}.{path.stem}")  # holds the file as a constant
+    return ImageFont.truetype(BytesIO(module.fontbuffer), pixels)
 
 
 def _files(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:

@@ -1,6 +1,7 @@
 """Generated problems: the same bits from one seed, exact answers, splits that share nothing."""
 
 import re
+import string
 import time
 
 import numpy as np
@@ -193,6 +194,19 @@ def test_every_split_has_styles_of_its_own():
         styles_of("test", "voice", ["f2"])
     with pytest.raises(ConfigError, match="no family 'smell'"):
         generate(family="smell", seed=0, count=1, split="train")
+
+
+def test_every_cut_of_every_family_draws_all_that_is_read():
+    """Distinct letters and digits, whether a font is a file or inside a module."""
+    found = fonts.families()
+    assert {"DejaVuSans", "NotoSans"} <= set(found)
+    for cuts in found.values():
+        for cut in cuts:
+            drawn = [
+                bytes(fonts.font(cut, 40).getmask(c))
+                for c in string.digits + string.ascii_lowercase
+            ]
+            assert all(map(any, drawn)) and len(set(drawn)) == len(drawn), cut.name
 
 
 def test_buckets_hold_similar_lengths():
