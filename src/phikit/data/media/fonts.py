@@ -18,83 +18,87 @@ from phikit.data.split import Split
 if TYPE_CHECKING:
     from PIL import ImageFont
 
+_MATPLOTLIB = "matplotlib/mpl-data/fonts/ttf"
+
 # fmt: off
-_MATPLOTLIB = {
-    "DejaVuSans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
+_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "DejaVuSans": (_MATPLOTLIB, ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique")),
     "DejaVuSerif": (
-        "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"
+        _MATPLOTLIB,
+        (
+            "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
+        ),
     ),
-    "DejaVuSansMono": ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique"),
-    "STIXGeneral": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-    "ComputerModern": ("cmr10", "cmb10", "cmti10"),
-    "ComputerModernSans": ("cmss10",),
-    "ComputerModernTypewriter": ("cmtt10",),
-}
-"""Files of each family. Computer Modern's letters and digits lie where ASCII has them."""
-_PACKAGES = {
+    "DejaVuSansMono": (
+        _MATPLOTLIB, ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique")
+    ),
+    "STIXGeneral": (
+        _MATPLOTLIB, ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
+    ),
+    "ComputerModern": (_MATPLOTLIB, ("cmr10", "cmb10", "cmti10")),
+    "ComputerModernSans": (_MATPLOTLIB, ("cmss10",)),
+    "ComputerModernTypewriter": (_MATPLOTLIB, ("cmtt10",)),
     "Caladea": (
-        "font_caladea", ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic", "Caladea-BoldItalic")
+        "font_caladea/files",
+        ("Caladea-Regular", "Caladea-Bold", "Caladea-Italic", "Caladea-BoldItalic"),
     ),
-    "FjallaOne": ("font_fjallaone", ("FjallaOne-Regular",)),
-    "FredokaOne": ("font_fredoka_one", ("FredokaOne-Regular",)),
+    "FjallaOne": ("font_fjallaone/files", ("FjallaOne-Regular",)),
+    "FredokaOne": ("font_fredoka_one/files", ("FredokaOne-Regular",)),
     "HankenGrotesk": (
-        "font_hanken_grotesk",
+        "font_hanken_grotesk/files",
         (
             "HankenGrotesk-Regular.otf", "HankenGrotesk-Light.otf", "HankenGrotesk-SemiBold.otf",
             "HankenGrotesk-Bold.otf", "HankenGrotesk-Italic.otf",
         ),
     ),
-    "Intuitive": ("font_intuitive", ("Intuitive",)),
+    "Intuitive": ("font_intuitive/files", ("Intuitive",)),
     "Lato": (
-        "font_lato",
+        "font_lato/files",
         ("Lato-Regular", "Lato-Light", "Lato-Bold", "Lato-Black", "Lato-Italic", "Lato-BoldItalic"),
     ),
-    "Manrope": ("font_manrope", ("Manrope-Regular", "Manrope-Bold")),
-    "RedHatDisplay": ("font_rhd", ("RedHatDisplay-Regular", "RedHatDisplay-Bold")),
-    "Roboto": ("font_roboto", ("Roboto-Regular", "Roboto-Bold", "Roboto-Italic")),
+    "Manrope": ("font_manrope/files", ("Manrope-Regular", "Manrope-Bold")),
+    "RedHatDisplay": ("font_rhd/files", ("RedHatDisplay-Regular", "RedHatDisplay-Bold")),
+    "Roboto": ("font_roboto/files", ("Roboto-Regular", "Roboto-Bold", "Roboto-Italic")),
     "SourceSansPro": (
-        "font_source_sans_pro",
+        "font_source_sans_pro/files",
         (
             "SourceSansPro-Regular", "SourceSansPro-Light", "SourceSansPro-Bold",
             "SourceSansPro-Black", "SourceSansPro-It",
         ),
     ),
     "SourceSerifPro": (
-        "font_source_serif_pro",
+        "font_source_serif_pro/files",
         (
             "SourceSerifPro-Regular", "SourceSerifPro-Light", "SourceSerifPro-Bold",
             "SourceSerifPro-Black", "SourceSerifPro-It",
         ),
     ),
+    "OpenSans": (
+        "ttf_opensans/ttf",
+        (
+            "OpenSans-Regular", "OpenSans-Light", "OpenSans-SemiBold", "OpenSans-Bold",
+            "OpenSans-Italic", "OpenSans-BoldItalic",
+        ),
+    ),
+} | {
+    family: (
+        "pymupdf_fonts",
+        tuple(f"{family}_{cut}.py" for cut in ("Regular", "Bold", "Italic", "BoldItalic")),
+    )
+    for family in ("CascadiaMono", "FiraGO", "NotoSans", "SpaceMono", "Ubuntu")
 }
-"""The package of each family, and files in its folder `files`."""
-_OPEN_SANS = (
-    "OpenSans-Regular", "OpenSans-Light", "OpenSans-SemiBold", "OpenSans-Bold", "OpenSans-Italic",
-    "OpenSans-BoldItalic",
-)
-_PYMUPDF = {"CascadiaMono", "FiraGO", "NotoSans", "SpaceMono", "Ubuntu"}
-"""Families of pymupdf-fonts, four cuts each. FiraMono and UbuntuMono are too near to two of them to
-be in another split."""
 # fmt: on
+"""Of each family the folder inside an installed package, and its files there.
+
+Computer Modern's letters and digits lie where ASCII has them. FiraMono and UbuntuMono of
+pymupdf-fonts are too like two of its families to be in another split, and are left out.
+"""
 
 
 @cache
 def families() -> dict[str, tuple[Path, ...]]:
     """The files of every family that is installed, by its name."""
-    found = {}
-    core = _folder("matplotlib", "mpl-data/fonts/ttf")
-    if core is not None:
-        found |= {name: _files(core, names) for name, names in _MATPLOTLIB.items()}
-    for name, (package, names) in _PACKAGES.items():
-        folder = _folder(package, "files")
-        if folder is not None:
-            found[name] = _files(folder, names)
-    if (folder := _folder("ttf_opensans", "ttf")) is not None:
-        found["OpenSans"] = _files(folder, _OPEN_SANS)
-    if (folder := package_folder("pymupdf_fonts")) is not None:
-        for name in sorted(_PYMUPDF):
-            cuts = ("Regular", "Bold", "Italic", "BoldItalic")
-            found[name] = _files(folder, tuple(f"{name}_{cut}.py" for cut in cuts))
+    found = {name: _files(*where) for name, where in _FAMILIES.items()}
     return {name: files for name, files in found.items() if files}
 
 
@@ -128,13 +132,11 @@ def font(path: Path, pixels: int) -> "ImageFont.FreeTypeFont":
     return ImageFont.truetype(BytesIO(module.fontbuffer), pixels)
 
 
-def _files(folder: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
-    """The files of these names; none unless all are there."""
-    files = tuple(folder / (name if "." in name else f"{name}.ttf") for name in names)
+def _files(folder: str, names: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files of these names inside a package; none unless all are there."""
+    package, _, inside = folder.partition("/")
+    place = package_folder(package)
+    if place is None:
+        return ()
+    files = tuple(place / inside / (name if "." in name else f"{name}.ttf") for name in names)
     return files if all(file.is_file() for file in files) else ()
-
-
-def _folder(package: str, inside: str) -> Path | None:
-    """A folder inside an installed package."""
-    folder = package_folder(package)
-    return None if folder is None else folder / inside
