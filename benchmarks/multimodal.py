@@ -82,27 +82,19 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def steps() -> dict[str, Callable[[], object]]:
-    """A training step of both adapters, encoders and projectors, in three ways; bfloat16."""
+    """A training step of both adapters, encoders and projectors in three ways, on the text model of
+    `see_and_hear`, in bfloat16."""
     import torch
 
     from phikit.base.types import Batch, Example
     from phikit.data.pack import batch_rows
-    from phikit.models.dense import DenseConfig, DenseModel
+    from phikit.models.catalogue import SMOLLM2_135M
+    from phikit.models.dense import DenseModel
     from phikit.recipes.see_and_hear import speech, vision
     from phikit.train.media import MediaSFTConfig, MediaSFTObjective
     from phikit.weights.surgery import attach, train_only
 
-    shape = DenseConfig(
-        vocab_size=4096,
-        d_model=576,
-        num_layers=12,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        d_mlp=1536,
-        max_context=512,
-    )
-    model = DenseModel(shape).initialise(torch.Generator().manual_seed(0))
+    model = DenseModel(SMOLLM2_135M).initialise(torch.Generator().manual_seed(0))
     for seed, modality in enumerate((vision(), speech())):
         attach(model, modality, seed=seed)
     every = ("projector", "encoder", "adapter")
