@@ -6,7 +6,7 @@ costs a hundredth of what learning through the language model does.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from phikit.base.errors import ConfigError
 from phikit.base.files import storage_errors, write_atomic
-from phikit.base.media import SPEECH, VISION, of_items
+from phikit.base.media import SPEECH, VISION, MediaItem, of_items
 from phikit.base.types import Example
+from phikit.chat.image import ImageCrops
 from phikit.data.media.marks import mark_classes, marked
 from phikit.data.media.problem import MediaProblem, prepare, spelt
 from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig
+from phikit.models.modality import ModalityConfig
 from phikit.models.registry import build
 from phikit.models.senses import Hearing
 from phikit.recipes.config import MediaStage
@@ -59,7 +61,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     read = prepare(
         [problem for problem in context.problems if isinstance(problem, MediaProblem)],
         context.loaded.renderer,
-        modalities={name: sense.config.prepare for name, sense in model.senses.items()},
+        modalities={name: _compact(sense.config) for name, sense in model.senses.items()},
         ids=model.media_ids,
         on_fault=stage.on_fault,
         on_item=lambda: context.progress.advance(1),
@@ -69,7 +71,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
     spell = context.loaded.tokenizer
     examples = [
-        spelt(_compact(example), problem, spell)
+        spelt(example, problem, spell)
         for example, problem in zip(read.examples, read.problems, strict=True)
     ]
     taught = model
@@ -169,15 +171,17 @@ def _objective(
     return ContrastiveObjective(model, pairs, stage.contrastive, seed=seed)
 
 
-def _compact(example: Example) -> Example:
-    """Pixels in half precision, which holds all of their 256 steps, and half of the memory."""
-    items = example.media.items if example.media else {}
-    if VISION not in items:
-        return example
-    images = tuple(
-        replace(image, pixels_MCHW=image.pixels_MCHW.astype(np.float16)) for image in items[VISION]
-    )
-    return replace(example, media=of_items({**items, VISION: images}))
+def _compact(modality: ModalityConfig) -> Callable[[Any], MediaItem]:
+    """What makes the modality's items, with pixels in half precision: it holds all of their 256
+    steps, and thousands of pictures lie in memory."""
+
+    def make(source: Any) -> MediaItem:
+        item = modality.prepare(source)
+        if not isinstance(item, ImageCrops):
+            return item
+        return replace(item, pixels_MCHW=item.pixels_MCHW.astype(np.float16))
+
+    return make
 
 
 def _encoded(examples: Sequence[Example], model: Decoder, stage: MediaStage) -> list[Example]:
