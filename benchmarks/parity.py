@@ -15,9 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from rich.console import Console
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from phikit.base.errors import PhikitError
@@ -283,10 +284,14 @@ def adapter_distance(ours: Decoder, tokens: Tensor) -> float:
 
 def speaking(model: Decoder) -> Loaded:
     """The model with some tokenizer and renderer, which saving asks for."""
-    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    tokens = [*sorted(ByteLevel.alphabet()), *specials]
-    ids = range(256, len(tokens))
-    tokenizer = Tokenizer.from_parts(tokens, merges=[], special_ids=ids, split="gpt2")
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *specials]
+    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(specials)
+    tokenizer = Tokenizer(inner)
     return Loaded(model, tokenizer, renderer_for(tokenizer, "smollm2"))
 
 
