@@ -15,15 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from rich.console import Console
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from phikit.base.errors import PhikitError
 from phikit.chat.render import renderer_for
-from phikit.chat.tokenizer import Tokenizer
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
 from phikit.models.decoder import Decoder
@@ -34,6 +32,7 @@ from phikit.nn.speech import SpeechConfig
 from phikit.nn.vision import VisionConfig
 from phikit.weights.adapter import save_adapter
 from phikit.weights.build import build_model
+from phikit.weights.gguf_tokenizer import CONTROL, NORMAL, Tables, build_tokenizer
 from phikit.weights.load import Loaded, load
 from phikit.weights.multimodal import open_checkpoint
 from phikit.weights.save import save
@@ -284,14 +283,10 @@ def adapter_distance(ours: Decoder, tokens: Tensor) -> float:
 
 def speaking(model: Decoder) -> Loaded:
     """The model with some tokenizer and renderer, which saving asks for."""
+    letters = sorted(ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *specials]
-    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(specials)
-    tokenizer = Tokenizer(inner)
+    kinds = [NORMAL] * len(letters) + [CONTROL] * len(specials)
+    tokenizer = build_tokenizer(Tables("gpt2", "gpt-2", letters + specials, kinds, [], [], [], []))
     return Loaded(model, tokenizer, renderer_for(tokenizer, "smollm2"))
 
 

@@ -25,9 +25,7 @@ _FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "DejaVuSans": (_MATPLOTLIB, ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique")),
     "DejaVuSerif": (
         _MATPLOTLIB,
-        (
-            "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
-        ),
+        ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
     ),
     "DejaVuSansMono": (
         _MATPLOTLIB, ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique")
