@@ -56,7 +56,10 @@ class SensorModality(ModalityConfig):
         return ProjectedModality(encoder, d_model, leaders=[self.name])
 
     def prepare(self, source: Any) -> Series:
-        values = np.asarray(source, np.float32)
+        try:
+            values = np.asarray(source, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ChatError(f"a series is a list of numbers: {error}") from error
         if values.ndim != 1 or not 0 < len(values) <= MAX_VALUES or not np.isfinite(values).all():
             raise ChatError(
                 f"a series of shape {values.shape}; it takes 1 to {MAX_VALUES} finite numbers"

@@ -86,6 +86,15 @@ def test_stopping_on_request_saves_and_resumes(tmp_path: Path):
     assert_same(trained(broken, "sft", torch.float32, seed=7), unbroken)
 
 
+def test_a_request_in_the_last_step_is_heeded(tmp_path: Path):
+    """What is trained is kept, and what would follow it is not begun."""
+    unbroken = trained(tmp_path / "unbroken", "sft", torch.float32)
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted, match=f"after step {STEPS}"):
+        trained(broken, "sft", torch.float32, trackers=[After(STEPS, None)])
+    assert_same(trained(broken, "sft", torch.float32, seed=7), unbroken)
+
+
 def test_a_finished_run_does_no_further_step(tmp_path: Path):
     first = trained(tmp_path, "lm", torch.float32)
     again = trained(tmp_path, "lm", torch.float32, seed=7)

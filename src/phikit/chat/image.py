@@ -90,7 +90,7 @@ def open_image(source: "str | Path | bytes | Image.Image") -> "Image.Image":
     except ImportError as error:
         raise MissingExtraError("pillow", "media") from error
 
-    name = str(source) if isinstance(source, str | Path) else "the image"
+    name = _name(source)
     try:
         if isinstance(source, Image.Image):
             image = source
@@ -113,6 +113,10 @@ def open_image(source: "str | Path | bytes | Image.Image") -> "Image.Image":
         raise ChatError(f"{name} cannot be read: {error}", fix="give an undamaged image") from error
 
 
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "the image"
+
+
 def _read(source: str | Path | bytes) -> bytes:
     """The bytes of a file, or those given, if they are not too many."""
     if isinstance(source, bytes):
@@ -124,7 +128,7 @@ def _read(source: str | Path | bytes) -> bytes:
         size = path.stat().st_size
     if size > MAX_BYTES:
         raise ChatError(
-            f"the image file has {size:,} bytes; at most {MAX_BYTES:,} are read",
+            f"{_name(source)} has {size:,} bytes; at most {MAX_BYTES:,} are read",
             fix="scale it down, or save it as JPEG",
         )
     return source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -175,7 +179,7 @@ def load_image(
     size = fit(*image.size, grid=grid, crop_size=crop_size)
     if min(size) < MIN_SIDE:
         raise ChatError(
-            f"an image of {image.width} x {image.height} pixels would be scaled to "
+            f"{_name(source)} of {image.width} x {image.height} pixels would be scaled to "
             f"{size[0]} x {size[1]}, thinner than {MIN_SIDE}",
             fix="crop it, or join it with its surroundings",
         )

@@ -134,11 +134,16 @@ class Conversation:
 
     def show(self, *, images: Sequence[str] = (), audio: Sequence[str] = ()) -> None:
         """Show these files with the next question; ChatError if one is not there."""
-        for path in (*images, *audio):
-            if not Path(path).expanduser().is_file():
+        found = {path: Path(path).expanduser() for path in (*images, *audio)}
+        for path, file in found.items():
+            try:
+                is_there = file.is_file()
+            except OSError as error:  # such as a name that is too long
+                raise ChatError(f"cannot read {path}: {error.strerror}") from error
+            if not is_there:
                 raise ChatError(f"there is no file {path}", fix="check the path")
-        self._images += [str(Path(path).expanduser()) for path in images]
-        self._audio += [str(Path(path).expanduser()) for path in audio]
+        self._images += [str(found[path]) for path in images]
+        self._audio += [str(found[path]) for path in audio]
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a question; False when the conversation is over.

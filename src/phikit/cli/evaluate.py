@@ -198,7 +198,10 @@ def _solve(
         result = evaluate(Task(name, problems, solver, scorer or sense_scorer()))
     if result.statuses["error"] == len(problems) * sampling.num_samples:
         reason = result.records[0].replies[0].reason
-        raise DataError(f"no problem could be asked: {reason}", fix="lower --max-new-tokens")
+        raise DataError(
+            f"no problem could be asked: {reason}",
+            fix="repair that, or where it is too long lower --max-new-tokens",
+        )
     return result
 
 

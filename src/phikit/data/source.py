@@ -181,9 +181,14 @@ def _hub(source: HubSource) -> Iterable[Problem]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError("datasets", "hub") from error
-    rows = load_dataset(
-        source.id, source.name, split=source.rows_of, revision=source.revision, streaming=True
-    )
+    try:
+        rows = load_dataset(
+            source.id, source.name, split=source.rows_of, revision=source.revision, streaming=True
+        )
+    except Exception as error:  # of the hub, the connection, the data set's own description
+        raise DataError(
+            f"cannot open {source.id}: {error}", fix="check its name, rows_of, and the network"
+        ) from error
     if not source.media:
         for index, row in enumerate(rows):
             yield _hub_problem(source, row, index)

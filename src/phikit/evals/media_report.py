@@ -130,8 +130,18 @@ def _faults(stages: Sequence[Mapping[str, Any]]) -> str:
         for fault in stage.get("items", {}).get("faults", ())
     ]
     read = sum(stage.get("items", {}).get("read", 0) for stage in stages)
-    count = f"<p class=notes>{read} items were read, {len(lines)} could not be.</p>"
-    return count + (f"<ul class=notes>{''.join(lines)}</ul>" if lines else "")
+    told = f"<p class=notes>{read} items were read, {len(lines)} could not be.</p>{_list(lines)}"
+    unasked = next((s["unasked"] for s in reversed(stages) if s.get("unasked") is not None), ())
+    if unasked:
+        told += f"<p class=notes>{len(unasked)} held-out problems could not be asked, and count as "
+        told += "answered with nothing.</p>" + _list(
+            [f"<li>{escape(each)}</li>" for each in unasked]
+        )
+    return told
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
 
 
 def _gallery(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -16,12 +16,13 @@ from pydantic import BaseModel
 
 from phikit.base.device import parse_dtype
 from phikit.base.errors import ChatError, ConfigError
-from phikit.base.media import SPEECH, VISION, Media, of_items, word_of
+from phikit.base.media import SPEECH, VISION, Media, MediaItem, of_items, word_of
 from phikit.chat.message import Message, Role
 from phikit.generate.constrain import Grammars
 from phikit.generate.engine import Engine
 from phikit.generate.request import Constraint, FinishReason, Request
 from phikit.generate.stops import CLOSES, OPENS, StopStrings, cut, visible
+from phikit.models.modality import ModalityConfig
 from phikit.weights import hub
 from phikit.weights import load as weights
 from phikit.weights.load import Loaded
@@ -295,11 +296,23 @@ class LanguageModel(Loaded):
             )
         return of_items(
             {
-                name: tuple(senses[name].config.prepare(source) for source in sources)
+                name: _prepared(senses[name].config, sources)
                 for name, sources in given.items()
                 if sources
             }
         )
+
+
+def _prepared(modality: ModalityConfig, sources: Sequence[Any]) -> tuple[MediaItem, ...]:
+    """The items of one modality; an error says which, as bytes have no name."""
+    items: list[MediaItem] = []
+    for number, source in enumerate(sources, start=1):
+        try:
+            items.append(modality.prepare(source))
+        except ChatError as error:
+            which = f"<|{word_of(modality.name)}_{number}|>: " if len(sources) > 1 else ""
+            raise ChatError(which + error.what, fix=error.fix) from error
+    return tuple(items)
 
 
 def load(

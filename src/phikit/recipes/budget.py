@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from phikit.base.device import parse_dtype
 from phikit.data.corpus import pretraining_documents
@@ -24,7 +25,6 @@ from phikit.data.source import (
     load_problems,
 )
 from phikit.generate.engine import CACHE_BYTES, MAX_ROWS
-from phikit.models.decoder import Decoder
 from phikit.models.dense import DenseConfig
 from phikit.models.moe import MoEConfig
 from phikit.models.registry import build
@@ -42,7 +42,7 @@ from phikit.recipes.config import (
     Stage,
 )
 from phikit.train.optim import OptimConfig, Optimiser
-from phikit.weights.surgery import attach, parts
+from phikit.weights.surgery import attach, thaw_text, train_only
 
 CHARS_PER_TOKEN = 1.9
 """Of arithmetic in words, digits one by one: 1.9 under the nano vocabulary, 1.8 under SmolLM2's."""
@@ -64,7 +64,7 @@ class Amount(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Numbers of weights: of the whole model, and those that training changes."""
+    """Numbers of weights: of the whole model, and those that some stage changes."""
 
     total: int
     trainable: int
@@ -130,15 +130,25 @@ class _Estimator:
                 attach_lora(self.model, name="adapter", **dict(config.lora))
         for modality in config.modalities:
             attach(self.model, modality)
-        if config.modalities:
-            _freeze_text(self.model)
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        self.parameters = Parameters(
-            total=sum(size for size, _ in sizes),
-            trainable=sum(size for size, is_trained in sizes if is_trained),
-        )
+        learning: set[nn.Parameter] = set()
+        for stage in config.stages:
+            self._learn(stage)
+            learning |= {p for p in self.model.parameters() if p.requires_grad}
+        sizes = [p.numel() for p in self.model.parameters()]
+        self.parameters = Parameters(sum(sizes), sum(p.numel() for p in learning))
+
+    def _learn(self, stage: Stage) -> None:
+        """Freeze all but what the stage trains. An adapter of the text model has seen to that."""
+        if isinstance(stage, MediaStage):
+            train_only(self.model, stage.learns)
+            if stage.backbone or stage.reader is not None:
+                thaw_text(self.model)
+        elif self.config.modalities:
+            self.model.requires_grad_(False)
+            thaw_text(self.model)
 
     def stage(self, stage: Stage) -> StageBudget:
+        self._learn(stage)
         match stage:
             case PretrainStage():
                 return self._packed(stage, Amount(stage.documents), _document_tokens(stage))
@@ -177,18 +187,19 @@ class _Estimator:
 
         An encoder by itself is counted as if the language model ran: an upper bound.
         """
-        trainer = self if stage.reader is None else self._of_reader(stage.reader)
+        trainer = self if stage.reader is None else self._of_reader(stage.reader, stage)
         mean = _lengths(stage.source).example
         steps = _steps(stage, _num_problems(stage.source), 1 / stage.sft.examples_per_step)
         tokens = _times(steps, stage.sft.examples_per_step * mean)
         memory = trainer._memory(stage.loop.optim, rows=stage.sft.micro_examples, length=mean)
         return StageBudget(stage.name, steps, tokens._replace(kind="estimate"), Amount(0), memory)
 
-    def _of_reader(self, reader: DenseConfig) -> "_Estimator":
+    def _of_reader(self, reader: DenseConfig, stage: MediaStage) -> "_Estimator":
         shape = reader.model_copy(update={"vocab_size": READER_VOCABULARY})
         base = self.config.base.model_copy(update={"model": shape})
         bare = [each.without_adapter() for each in self.config.modalities]
-        return _Estimator(self.config.model_copy(update={"base": base, "modalities": bare}))
+        changes = {"base": base, "modalities": bare, "stages": (stage,)}
+        return _Estimator(self.config.model_copy(update=changes))
 
     def _dpo(self, stage: DPOStage) -> StageBudget:
         """As many pairs as the problems may give: how many they do, the rollouts will tell."""
@@ -253,6 +264,7 @@ class _Estimator:
             cached: rows and tokens of the rollouts.
         """
         shape, size = self.shape, self.dtype.itemsize
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         state = Optimiser(self.model.named_parameters(), optim).state()
         kept = 4 * sum(tensor.numel() for tensor in state.values())
         heads = 3 * shape.num_heads + 2 * shape.num_kv_heads
@@ -264,19 +276,11 @@ class _Estimator:
         cache_rows = min(cached[0], MAX_ROWS, max(1, CACHE_BYTES // max(1, per_row)))
         return Memory(
             weights=self.parameters.total * size,
-            optimiser=kept + self.parameters.trainable * (4 + size),
+            optimiser=kept + trainable * (4 + size),
             activations=rows * length * shape.num_layers * per_token * size
             + 3 * 4 * CHUNK_ELEMENTS,
             cache=cache_rows * per_row,
         )
-
-
-def _freeze_text(model: Decoder) -> None:
-    """Leave to training all that was attached."""
-    model.requires_grad_(False)
-    for name in model.senses:
-        for parameter in (p for part in parts(model, name) for p in part):
-            parameter.requires_grad_(True)
 
 
 def _hidden_width(shape: DenseConfig | MoEConfig) -> int:

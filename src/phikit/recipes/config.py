@@ -220,12 +220,19 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _has_senses(self) -> Self:
         known = {modality.name for modality in self.modalities}
+        bare = {modality.name for modality in self.modalities if modality.adapter is None}
         for stage in self.stages:
             if isinstance(stage, MediaStage) and not known.issuperset(stage.learns):
                 missing = sorted({*stage.learns} - known)
                 raise ValueError(
                     f"stages.{stage.name}.learns: no modality {missing[0]!r}; "
                     f"there are {', '.join(sorted(known)) or 'none'}"
+                )
+            learns = stage.learns if isinstance(stage, MediaStage) else {}
+            if without := [name for name in bare if "adapter" in learns.get(name, ())]:
+                raise ValueError(
+                    f"stages.{stage.name}.learns: {without[0]!r} has no adapter to train; "
+                    f"give modalities.{without[0]}.adapter, or leave it out here"
                 )
         return self
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phikit.base.errors import ConfigError
+from phikit.base.errors import ConfigError, DataError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.media import SPEECH, VISION, MediaItem, of_items
 from phikit.base.types import Example
@@ -38,7 +38,7 @@ from phikit.train.encoders import (
 )
 from phikit.train.media import MediaSFTObjective
 from phikit.weights.load import Loaded
-from phikit.weights.surgery import adapt, attach, parts, train_only
+from phikit.weights.surgery import adapt, attach, parts, thaw_text, train_only
 
 FAULTS = "faults.json"
 """The items of a stage that could not be read, in its folder."""
@@ -57,18 +57,32 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
     """
     model = context.loaded.model
     _complete(model, stage, context)
-    context.progress.task(f"{stage.name}: items", len(context.problems))
+    problems = [problem for problem in context.problems if isinstance(problem, MediaProblem)]
+    if not problems:
+        raise DataError(
+            f"stage {stage.name!r}: no problem of its source has anything to see or to hear",
+            fix="give it a source with media",
+        )
+    context.progress.task(f"{stage.name}: items", len(problems))
     read = prepare(
-        [problem for problem in context.problems if isinstance(problem, MediaProblem)],
+        problems,
         context.loaded.renderer,
         modalities={name: _compact(sense.config) for name, sense in model.senses.items()},
         ids=model.media_ids,
+        max_tokens=model.config.max_context,
         on_fault=stage.on_fault,
         on_item=lambda: context.progress.advance(1),
     )
     with storage_errors(context.folder):
         listed = {"read": len(read.examples), "faults": [f._asdict() for f in read.faults]}
         write_atomic(context.folder / FAULTS, json.dumps(listed, indent=1))
+    if not read.examples:
+        first = read.faults[0]
+        raise DataError(
+            f"stage {stage.name!r}: none of {len(problems)} items could be read; "
+            f"the first: {first.item}: {first.reason}",
+            fix=f"see {context.folder / FAULTS}",
+        )
     spell = context.loaded.tokenizer
     examples = [
         spelt(example, problem, spell)
@@ -81,7 +95,7 @@ def prepare_media(stage: MediaStage, context: StageContext) -> Prepared:
         _measure_bands(taught, examples)
     learning = train_only(taught, stage.learns)
     if stage.backbone or stage.reader is not None:
-        learning += _thaw_text(taught)
+        learning += thaw_text(taught)
     if not learning:
         raise ConfigError(f"stage {stage.name!r} trains nothing", fix="name parts in its `learns`")
     seed = stage_seed(context.seed, stage.name, "order")
@@ -255,16 +269,6 @@ def _reader(
         attach(reader, config, seed=stage_seed(seed, stage.name, config.name))
     copy_encoders(model, reader, stage.learns)
     return reader, [replace(example, tokens=vocabulary.new[example.tokens]) for example in examples]
-
-
-def _thaw_text(model: Decoder) -> list[torch.nn.Parameter]:
-    """Let the text model learn; returns its parameters, those of adapters left out."""
-    adapters = {id(p) for name in model.senses for p in parts(model, name).adapter}
-    own = [p for p in model.model.parameters() if id(p) not in adapters]
-    own += [p for p in model.lm_head.parameters() if all(p is not other for other in own)]
-    for parameter in own:
-        parameter.requires_grad_(True)
-    return own
 
 
 def _measure_bands(model: Decoder, examples: Sequence[Example]) -> None:

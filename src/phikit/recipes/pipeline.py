@@ -103,7 +103,7 @@ def stage_folders(config: PipelineConfig, out: Path) -> list[StageFolder]:
         upstream = fingerprint(
             {
                 "upstream": upstream,
-                "stage": stage.model_dump(mode="json"),
+                "stage": stage.model_dump(mode="json", exclude={"on_fault"}),  # no part of a result
                 "modalities": [sense.model_dump(mode="json") for sense in senses],
             }
         )

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from phikit.base.device import one_thread
+from phikit.base.errors import DataError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.progress import Progress
 from phikit.chat.message import Message
@@ -26,10 +27,10 @@ from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.media.generate import drafts
 from phikit.data.media.problem import MediaProblem
 from phikit.data.problem import Problem
-from phikit.data.source import MediaSource, load_problems
+from phikit.data.source import FileSource, MediaFileSource, MediaSource, load_problems
 from phikit.evals.media_report import shown_items
 from phikit.evals.senses import chance, figures, sense_scorer
-from phikit.evals.task import EvalResult, Task, evaluate
+from phikit.evals.task import EvalResult, ReplyRecord, Task, evaluate
 from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
@@ -136,6 +137,14 @@ class SensePipeline(Pipeline):
         """
         return self._drawn
 
+    def _work(self, wanted: Sequence[StageFolder]) -> None:
+        """Files that a later stage will read are missed now, and not after hours of training."""
+        stages = [each.stage for each in wanted if isinstance(each.stage, MediaStage)]
+        for source in (self.config.evaluation.source, *(stage.source for stage in stages)):
+            if isinstance(source, FileSource | MediaFileSource) and not Path(source.path).exists():
+                raise DataError(f"there is no {source.path}", fix="give the path of the data")
+        super()._work(wanted)
+
     def _evaluate(self, loaded: Loaded, problems: Sequence[Problem], folder: Path) -> None:
         """Score the stage's families; before the first media stage, the questions alone."""
         with storage_errors(folder):
@@ -208,7 +217,8 @@ class SensePipeline(Pipeline):
         }
         if result is not None:
             line |= result.summary() | {
-                "transcripts": [t.to_dict() for t in transcripts(result, per_status=6)]
+                "transcripts": [t.to_dict() for t in transcripts(result, per_status=6)],
+                "unasked": [r.reason for r in _replies(result) if r.status == "error"],
             }
         faults = path / FAULTS
         if faults.is_file():
@@ -289,6 +299,10 @@ def text_state(loaded: Loaded) -> TextState:
     said = [(c.tokens, c.log_probs) for [c] in Engine(loaded.model).generate(asked)]
     raw = logits_BTV.contiguous().view(torch.uint8).cpu().numpy().tobytes()
     return TextState(_hash(raw), _hash(repr(said).encode()), float(loss))
+
+
+def _replies(result: EvalResult) -> list[ReplyRecord]:
+    return [reply for record in result.records for reply in record.replies]
 
 
 def _text_of(document: Document) -> str:

@@ -12,11 +12,11 @@ from typing import NamedTuple, Self
 from pydantic import Field, model_validator
 
 from phikit.base.config import Config
-from phikit.base.errors import ContextOverflowError
+from phikit.base.errors import ChatError, ContextOverflowError, DataError
 from phikit.base.media import Media
 from phikit.chat.message import Message
 from phikit.chat.render import Renderer
-from phikit.data.media.problem import MediaProblem, media_of
+from phikit.data.media.problem import MediaProblem, media_of, name_of
 from phikit.data.problem import Problem
 from phikit.generate.request import Completion, Generator, OnProgress, Request
 from phikit.models.decoder import Decoder
@@ -50,7 +50,7 @@ class Senses(NamedTuple):
     """How problems with pictures and sounds are put to a model."""
 
     media: Callable[[Problem], Media | None]
-    """The items of a problem, prepared."""
+    """The items of a problem, prepared; DataError names one that cannot be read."""
     ids: Mapping[str, int]
     """The placeholder tokens (`Decoder.media_ids`)."""
 
@@ -60,7 +60,12 @@ class Senses(NamedTuple):
         prepare = {name: sense.config.prepare for name, sense in model.senses.items()}
 
         def media(problem: Problem) -> Media | None:
-            return media_of(problem, prepare) if isinstance(problem, MediaProblem) else None
+            if not isinstance(problem, MediaProblem):
+                return None
+            try:
+                return media_of(problem, prepare)
+            except (ChatError, DataError) as error:
+                raise DataError(f"{name_of(problem)}: {error.what}", fix=error.fix) from error
 
         return cls(media, model.media_ids)
 
@@ -82,8 +87,8 @@ def plain(
 ) -> Solver:
     """A solver that asks each question as one user turn.
 
-    A question that does not fit the context does not stop the others: its replies carry an `error`
-    with the sizes, and score as "error".
+    A question that does not fit the context, or whose picture or sound cannot be read, does not
+    stop the others: its replies carry an `error` that says so, and score as "error".
 
     Args:
         system: a system message before every question; None leaves the renderer's default.
@@ -92,15 +97,14 @@ def plain(
     """
 
     def solve(problems: Sequence[Problem]) -> list[list[Reply]]:
-        requests = [_request(p, renderer, sampling, system, senses) for p in problems]
-        errors = [_overflow(engine, request) for request in requests]
-        fitting = [r for r, error in zip(requests, errors, strict=True) if error is None]
-        completions = iter(engine.generate(fitting, on_progress=on_progress))
+        made = [_request(p, engine, renderer, sampling, system, senses) for p in problems]
+        requests = [each for each in made if isinstance(each, Request)]
+        completions = iter(engine.generate(requests, on_progress=on_progress))
         return [
-            [_failed(error) for _ in range(sampling.num_samples)]
-            if error is not None
+            [_failed(each) for _ in range(sampling.num_samples)]
+            if isinstance(each, str)
             else [_reply(completion, renderer) for completion in next(completions)]
-            for error in errors
+            for each in made
         ]
 
     return solve
@@ -108,16 +112,21 @@ def plain(
 
 def _request(
     problem: Problem,
+    engine: Generator,
     renderer: Renderer,
     sampling: SamplingConfig,
     system: str | None,
     senses: Senses | None,
-) -> Request:
+) -> Request | str:
+    """What the engine is asked, or why it cannot be."""
     messages = [] if system is None else [Message(role="system", content=system)]
     messages.append(Message(role="user", content=problem.question))
-    media = None if senses is None else senses.media(problem)
+    try:
+        media = None if senses is None else senses.media(problem)
+    except DataError as error:
+        return error.what
     sizes = media and senses and media.tokens._replace(ids=senses.ids)
-    return Request(
+    request = Request(
         prompt=renderer.prompt(messages, media=sizes),
         max_new_tokens=sampling.max_new_tokens,
         num_samples=sampling.num_samples,
@@ -128,14 +137,11 @@ def _request(
         stop_ids=renderer.stop_ids,
         media=media,
     )
-
-
-def _overflow(engine: Generator, request: Request) -> str | None:
     try:
         engine.check(request)
     except ContextOverflowError as error:
         return error.what
-    return None
+    return request
 
 
 def _reply(completion: Completion, renderer: Renderer) -> Reply:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor
 
 from phikit.base.config import Config
@@ -30,8 +31,8 @@ class DPOConfig(Config):
     beta: float = 0.1
     nll_weight: float = 0.2
     """Weight of the chosen reply's mean negative log-likelihood; 0 is plain DPO."""
-    pairs_per_step: int
-    micro_pairs: int
+    pairs_per_step: PositiveInt
+    micro_pairs: PositiveInt
 
 
 class Pair(NamedTuple):

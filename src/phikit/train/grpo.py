@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from phikit.base.config import Config
 from phikit.base.device import Rank
@@ -41,9 +42,9 @@ from phikit.train.objective import LossOutput, StepData
 class PromptSelection(Config):
     """Which problems are worth reinforcement: judged by sampling rounds before the first step."""
 
-    candidates: int
+    candidates: PositiveInt
     """Problems sampled."""
-    samples: int = 4
+    samples: PositiveInt = 4
     """Replies to each."""
     max_length_cv: float | None = 0.5
     """Bound on standard deviation / mean of the reply lengths; the paper's value is unpublished."""
@@ -54,10 +55,10 @@ class PromptSelection(Config):
 class GRPOConfig(Config):
     """Rollouts, selection inside a group, and the loss."""
 
-    prompts_per_step: int
-    group_size: int
-    max_new_tokens: int
-    micro_rows: int
+    prompts_per_step: PositiveInt
+    group_size: PositiveInt
+    max_new_tokens: PositiveInt
+    micro_rows: PositiveInt
     temperature: float = 1.0
     final_temperature: float = 0.6
     """Reached by linear descent after `anneal` of the steps, as in the paper."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from pydantic import PositiveInt
+
 from phikit.base.config import Config
 from phikit.base.device import Rank
 from phikit.base.types import IGNORE, Batch, Example
@@ -16,10 +18,10 @@ from phikit.train.objective import LossOutput, StepData
 class LMConfig(Config):
     """Shape of the packed batches."""
 
-    row_tokens: int
+    row_tokens: PositiveInt
     """Length of a packed row."""
-    rows_per_step: int
-    micro_rows: int
+    rows_per_step: PositiveInt
+    micro_rows: PositiveInt
     """Rows of one forward pass; smaller needs less memory and changes no result."""
 
 

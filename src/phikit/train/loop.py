@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from safetensors.torch import load_file, save_file
 
 from phikit.base.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
@@ -42,9 +42,9 @@ class LoopConfig(Config):
     optim: OptimConfig
     routing: RoutingConfig = RoutingConfig()
     """Of a mixture of experts."""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -119,10 +119,10 @@ def train(
             shown = {key: metrics[key] for key in ("loss", "solved", "length") if key in metrics}
             work = trained + metrics.get("generated_tokens", 0)
             progress.advance(1, **shown, tokens_per_s=work / elapsed)
-            is_last = totals.step == steps
-            if is_last or stop_requested() or totals.step % config.checkpoint_every == 0:
+            is_last, is_stopping = totals.step == steps, stop_requested()
+            if is_last or is_stopping or totals.step % config.checkpoint_every == 0:
                 _save(optimiser, session, totals, run, keep=config.keep_checkpoints)
-            if stop_requested() and not is_last:
+            if is_stopping:  # after the last step too: what follows is not what was asked for
                 raise Interrupted(f"stopped by request after step {totals.step} of {name}; saved")
     model.eval()
     return totals

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 
 from phikit.base.device import Rank
 from phikit.base.media import SPEECH, of_items
@@ -26,7 +27,7 @@ from phikit.train.sft import SFTConfig, SFTObjective
 class MediaSFTConfig(SFTConfig):
     """Shape of the batches, and how clips are masked."""
 
-    bucket_steps: int = 8
+    bucket_steps: PositiveInt = 8
     """Rows of so many steps are sorted by length and cut into steps; 1 mixes all lengths."""
     spec_augment: SpecAugmentConfig | None = None
     """None hears every clip as it is."""

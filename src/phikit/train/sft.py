@@ -6,6 +6,8 @@ Unlike packed mid-training every row ends with its reply, so the model learns wh
 
 from collections.abc import Sequence
 
+from pydantic import PositiveInt
+
 from phikit.base.config import Config
 from phikit.base.device import Rank
 from phikit.base.errors import DataError
@@ -20,8 +22,8 @@ from phikit.train.objective import LossOutput, StepData
 class SFTConfig(Config):
     """Shape of the unpacked batches."""
 
-    examples_per_step: int
-    micro_examples: int
+    examples_per_step: PositiveInt
+    micro_examples: PositiveInt
     """Examples of one forward pass; smaller needs less memory and changes no result."""
 
 

@@ -188,6 +188,16 @@ def train_only(model: Decoder, learning: Mapping[str, Sequence[Part]]) -> list[n
     return trainable
 
 
+def thaw_text(model: Decoder) -> list[nn.Parameter]:
+    """Let the text model learn; returns its parameters, those of adapters left out."""
+    adapters = {id(p) for name in model.senses for p in parts(model, name).adapter}
+    own = [p for p in model.model.parameters() if id(p) not in adapters]
+    own += [p for p in model.lm_head.parameters() if all(p is not other for other in own)]
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return own
+
+
 def save_modalities(folder: Path, model: Decoder, *, dtype: torch.dtype | None = None) -> None:
     """Write what was attached beside the model, and remove what an older save has left there.
 

@@ -119,6 +119,18 @@ def with_gallery(items, text="fine"):
     return data | {"gallery": [entry]}
 
 
+def test_what_could_not_be_read_is_counted_and_named():
+    data = with_gallery([])
+    data["stages"][0] |= {
+        "items": {"read": 7, "faults": [{"item": "a.png", "reason": ATTACK}]},
+        "unasked": ["b.wav: too short", ATTACK],
+    }
+    page = Page(render_report(data))
+    assert "7 items were read, 1 could not be" in page.text and "a.png" in page.text
+    assert "2 held-out problems could not be asked" in page.text and "b.wav" in page.text
+    assert "script" not in page.tags
+
+
 def test_pictures_and_sounds_are_part_of_the_page():
     media = {
         VISION: (np.zeros((8, 8, 3), np.uint8),),

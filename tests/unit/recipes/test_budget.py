@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from phikit.base.errors import ConfigError
 from phikit.base.types import Example
 from phikit.data.pack import batch_rows
+from phikit.models.catalogue import SMOLLM2_135M
 from phikit.models.dense import DenseConfig, DenseModel
 from phikit.recipes import PIPELINES
 from phikit.recipes.budget import budget
 from phikit.recipes.config import PipelineConfig
+from phikit.recipes.see_and_hear import see_and_hear
 from phikit.train.lm import LMConfig, LMObjective
 from phikit.train.optim import OptimConfig, Optimiser
 
@@ -63,6 +66,23 @@ def test_what_only_the_data_can_tell_is_unknown():
 def test_adapters_are_what_is_trained():
     costs = budget(PIPELINES["smol_reasoner_lora"]())
     assert 0 < costs.parameters.trainable < 0.05 * costs.parameters.total
+
+
+def test_what_is_trained_is_what_some_stage_trains():
+    mixture, full = (budget(see_and_hear(tuning=tuning)) for tuning in ("mixture", "full"))
+    with torch.device("meta"):
+        text = sum(p.numel() for p in DenseModel(SMOLLM2_135M).parameters())
+    assert full.parameters.trainable == full.parameters.total > text
+    assert mixture.parameters.trainable == mixture.parameters.total - text
+    for ours, theirs in zip(mixture.stages, full.stages, strict=True):
+        trains_text = ours.name in ("vision3", "vision4", "speech2", "joint")
+        more = theirs.memory.optimiser - ours.memory.optimiser
+        assert (more > 12 * text) == trains_text
+
+
+def test_an_adapter_that_is_not_there_is_missed_at_once():
+    with pytest.raises(ConfigError, match=r"stages\.vision3\.learns: 'vision' has no adapter"):
+        see_and_hear().override(["modalities.vision.adapter=null"])
 
 
 def test_the_memory_of_the_optimiser_is_that_of_its_tensors():

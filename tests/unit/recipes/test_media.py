@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from phikit.base.types import Example
 from phikit.chat.render import renderer_for
 from phikit.chat.tokenizer import Tokenizer
 from phikit.data.media.layouts import read_layout
+from phikit.data.problem import Problem
 from phikit.data.source import MediaFileSource
 from phikit.evals.senses import sense_scorer
 from phikit.models.dense import DenseConfig, DenseModel
@@ -105,6 +107,15 @@ def test_items_that_cannot_be_read_are_listed(source, context, tmp_path: Path):
 def test_or_they_stop_the_run_by_name(source, context):
     with pytest.raises(DataError, match=r"(damaged|empty|bomb|thin|missing)\.png"):
         prepare_media(stage(source), context)
+
+
+def test_nothing_that_can_be_read_is_an_error_that_names_the_first(source, context):
+    bad = context.problems[1:-1]
+    with pytest.raises(DataError, match=r"none of 5 items could .* the first: .*damaged\.png"):
+        prepare_media(stage(source, on_fault="skip"), replace(context, problems=bad))
+    text = [Problem("Who?", "I", None, "I", None, "Who?", p.provenance) for p in bad]
+    with pytest.raises(DataError, match="anything to see"):
+        prepare_media(stage(source), replace(context, problems=text))
 
 
 def test_a_reader_leaves_the_model_as_it_is_but_for_its_encoder(source, context):

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from phikit.base.errors import ConfigError
+from phikit.base.errors import ConfigError, DataError
 from phikit.chat.message import Message
 from phikit.chat.render import PhiRenderer
 from phikit.data.problem import Problem, Provenance
 from phikit.evals.scorer import math_scorer
 from phikit.generate.engine import Engine
 from phikit.models.dense import DenseConfig, DenseModel
-from phikit.solve.plain import SamplingConfig, plain, problem_seed
+from phikit.solve.plain import SamplingConfig, Senses, plain, problem_seed
 
 SAMPLING = SamplingConfig(max_new_tokens=12, num_samples=3, temperature=1.0, seed=4)
 
@@ -87,6 +87,17 @@ def test_a_question_beyond_the_context_is_an_error_of_its_own(engine, renderer):
     score = math_scorer()([(long, with_long[1][0])])[0]
     assert score.status == "error" and score.reason is not None
     assert str(prompt) in score.reason and "96" in score.reason
+
+
+def test_so_is_one_about_what_cannot_be_read(engine, renderer):
+    def media(problem: Problem) -> None:
+        if problem is PROBLEMS[1]:
+            raise DataError("x.png: no picture")
+
+    seen = plain(engine, renderer, SAMPLING, senses=Senses(media, {}))(PROBLEMS[:3])
+    without = plain(engine, renderer, SAMPLING)(PROBLEMS[:3])
+    assert [seen[0], seen[2]] == [without[0], without[2]]
+    assert [reply.error for reply in seen[1]] == ["x.png: no picture"] * SAMPLING.num_samples
 
 
 def test_nothing_asked_is_nothing_answered(engine, renderer):

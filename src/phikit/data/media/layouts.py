@@ -5,7 +5,7 @@ missing file is named (`problem.prepare`). A problem's split is a hash of its te
 path inside its folder, or is given: to leave one speaker out, read the recordings twice.
 
 - LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
-  {"from": "gpt", "value": ...}]}]`, images beside it or in a folder.
+  {"from": "gpt", "value": ...}]}]`, images beside it or in a folder, one or a list of them.
 - LibriSpeech: `SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`, a line `ID WORDS` for each `ID.flac`.
 - Common Voice: a `.tsv` with the columns `path`, `sentence` and `client_id`, sounds in `clips/`.
 - Free Spoken Digit Dataset: `{digit}_{speaker}_{take}.wav`.
@@ -13,6 +13,7 @@ path inside its folder, or is given: to leave one speaker out, read the recordin
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ from phikit.data.split import split_of
 
 Layout = Literal["llava", "librispeech", "common_voice", "spoken_digits", "parquet", "webdataset"]
 DICTATION = f"<|audio_1|>{PROMPTS[SPEECH]}"
-MAX_JSON_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 30
+"""Of one file of transcripts or conversations."""
 
 
 class Item(NamedTuple):
@@ -100,27 +102,37 @@ def _problem(item: Item, index: int, family: str, root: Path) -> MediaProblem:
 
 
 def _llava(path: Path) -> Iterator[Item]:
-    """The first question and answer of each conversation, whose picture comes first."""
-    if path.is_dir() or path.stat().st_size > MAX_JSON_BYTES:
-        raise DataError(f"{path} is no LLaVA JSON file", fix="give the .json file, below 1 GiB")
+    """The first question and answer of each conversation, whose pictures come first; those about
+    text alone are left out."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", fix="give the .json file")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     for number, row in enumerate(rows if isinstance(rows, list) else ()):
-        asked, said = _turns(row, f"{path}: row {number}")
-        image = row.get("image")
+        place = f"{path}: row {number}"
+        asked, said = _turns(row, place)
+        named = row.get("image") or []
+        images = named if isinstance(named, list) else [named]
+        if not images and "<image>" not in asked:
+            continue
+        if not images or not all(isinstance(image, str) for image in images):
+            raise DataError(f"{place}: no picture in {named!r:.80}", fix="name its files")
+        if not said.strip():
+            raise DataError(f"{place}: gpt says nothing", fix="leave it out")
+        marks = "".join(f"<|image_{k}|>" for k in range(1, len(images) + 1))
         text = asked.replace("<image>", "").strip()
-        if not isinstance(image, str):
-            continue  # a conversation about text alone
-        yield Item(f"<|image_1|>{text}", said, {VISION: (inside(path.parent, image),)})
+        yield Item(marks + text, said, {VISION: tuple(inside(path.parent, i) for i in images)})
 
 
 def _turns(row: Any, place: str) -> tuple[str, str]:
     try:
         human, reply = row["conversations"][:2]
-        if (human["from"], reply["from"]) == ("human", "gpt"):
-            return str(human["value"]), str(reply["value"])
+        asked, said = human["value"], reply["value"]
+        is_text = isinstance(asked, str) and isinstance(said, str)
+        if (human["from"], reply["from"]) == ("human", "gpt") and is_text:
+            return asked, said
     except (KeyError, TypeError, ValueError):
         pass
     raise DataError(
@@ -131,7 +143,7 @@ def _turns(row: Any, place: str) -> tuple[str, str]:
 
 def _librispeech(path: Path) -> Iterator[Item]:
     for transcript in sorted(path.rglob("*.trans.txt")):
-        for line in transcript.read_text(encoding="utf-8").splitlines():
+        for line in _text(transcript).splitlines():
             name, _, words = line.partition(" ")
             if words.strip():
                 file = transcript.parent / f"{name}.flac"
@@ -142,13 +154,29 @@ def _librispeech(path: Path) -> Iterator[Item]:
 def _common_voice(path: Path) -> Iterator[Item]:
     if path.is_dir():
         raise DataError(f"{path} is a folder", fix="give one of its .tsv files, such as train.tsv")
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            clip, words = row.get("path"), row.get("sentence")
-            if not clip or not words:
-                raise DataError(f"{path}: a row without path and sentence: {row}")
-            sound = inside(path.parent / "clips", clip)
-            yield Item(DICTATION, words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
+    try:
+        rows = list(
+            csv.DictReader(io.StringIO(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+        )
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}", fix="fetch it again") from error
+    for number, row in enumerate(rows, start=1):
+        clip, words = row.get("path"), row.get("sentence")
+        if not clip or not words:
+            raise DataError(f"{path}: row {number} has no path or no sentence: {row!r:.200}")
+        sound = inside(path.parent / "clips", clip)
+        yield Item(DICTATION, words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise DataError(f"{path} is larger than {MAX_TEXT_BYTES} bytes", fix="split it")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as text: {error}", fix="save it in UTF-8"
+        ) from error
 
 
 def _spoken_digits(path: Path) -> Iterator[Item]:

@@ -16,7 +16,7 @@ from phikit.base.errors import DataError, MissingExtraError
 from phikit.base.files import replacing
 from phikit.data.media.encode import file_bytes, suffix_of
 from phikit.data.media.problem import MediaProblem
-from phikit.data.media.rows import Columns, from_record, problem_of, record_of, stored
+from phikit.data.media.rows import Columns, from_record, problem_of, record_of, stored_items
 
 MARK = b"phikit.media"
 """In the metadata of our own files: the columns that hold media, as JSON."""
@@ -68,9 +68,8 @@ def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[MediaPr
                 )
                 continue
             media = {
-                name: tuple(
-                    stored(cell, f"{place}, {name}", modality=name, root=None)
-                    for cell in row.get(name) or ()
+                name: stored_items(
+                    row.get(name) or (), f"{place}, {name}", modality=name, root=None
                 )
                 for name in modalities or ()
             }

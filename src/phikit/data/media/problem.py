@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phikit.base.errors import DataError, PhikitError
+from phikit.base.errors import ChatError, ConfigError, DataError
 from phikit.base.media import Media, MediaItem, of_items, word_of
 from phikit.base.types import Example
 from phikit.chat.tokenizer import Tokenizer
@@ -68,6 +68,7 @@ def prepare(
     *,
     modalities: Mapping[str, Callable[[Any], MediaItem]],
     ids: Mapping[str, int],
+    max_tokens: int | None = None,
     on_fault: Literal["stop", "skip"] = "stop",
     on_item: Callable[[], object] = lambda: None,
 ) -> Prepared:
@@ -77,26 +78,35 @@ def prepare(
         renderer: of the model that is to learn.
         modalities: what makes an item of a source, by name (`ModalityConfig.prepare`).
         ids: the placeholder tokens (`Decoder.media_ids`).
+        max_tokens: a longer example is as one whose item cannot be read; None for no limit.
         on_fault: what to do with an item that cannot be read: raise, or leave its problem out and
             list it among the faults.
         on_item: called after each problem, for a progress bar.
 
     Raises:
         DataError: an item cannot be read, or its problem cannot be rendered; names the item.
+        ConfigError: there is an item of a modality that is not among these.
+        MissingExtraError: the package that reads an item is not installed.
     """
     examples: list[Example] = []
     faults: list[Fault] = []
     read: list[MediaProblem] = []
     for problem in problems:
-        name = _name(problem)
+        name = name_of(problem)
         try:
-            examples.append(_example(problem, renderer, modalities, ids))
-            read.append(problem)
-        except PhikitError as error:
-            if on_fault == "stop":
+            example = _example(problem, renderer, modalities, ids)
+            if max_tokens is not None and len(example) > max_tokens:
                 raise DataError(
-                    f"{name}: {error.what}",
-                    fix=error.fix or 'repair the item, or skip such items (on_fault="skip")',
+                    f"{len(example)} tokens with what it shows, and the model takes {max_tokens}",
+                    fix="make the item smaller",
+                )
+            examples.append(example)
+            read.append(problem)
+        except (ChatError, DataError) as error:
+            if on_fault == "stop":
+                fix = error.fix or "repair the item"
+                raise DataError(
+                    f"{name}: {error.what}", fix=f'{fix}, or skip such items (on_fault="skip")'
                 ) from error
             faults.append(Fault(name, error.what))
         on_item()
@@ -108,11 +118,12 @@ def media_of(
 ) -> Media | None:
     """The items of a problem.
 
-    Raises DataError for a modality that is not among these, ChatError for what cannot be read.
+    Raises ConfigError for a modality that is not among these, and ChatError or DataError for what
+    cannot be read.
     """
     unknown = [name for name in problem.media if name not in modalities]
     if unknown:
-        raise DataError(
+        raise ConfigError(
             f"there is {word_of(unknown[0])} to a model without the modality {unknown[0]!r}",
             fix="attach it (weights.surgery.attach), or leave such problems out",
         )
@@ -158,7 +169,7 @@ def spelt(example: Example, problem: MediaProblem, tokenizer: Tokenizer) -> Exam
     return replace(example, tokens=tokens.astype(example.tokens.dtype), loss_mask=loss_mask)
 
 
-def _name(problem: MediaProblem) -> str:
+def name_of(problem: MediaProblem) -> str:
     """What to call a problem in messages: its files if it has any, else its number."""
     sources = [source for of in problem.media.values() for source in of]
     files = [str(source) for source in sources if isinstance(source, Path)]

@@ -7,7 +7,7 @@ sound as `{"bytes", "path"}`; decoded, a picture is Pillow's and a sound is `{"a
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from phikit.base.config import Config
 from phikit.base.errors import DataError
@@ -41,8 +41,9 @@ class Columns(Config):
     prompt: str | None = None
     """None asks to write down what is said, or to describe the picture."""
     answer: str = "answer"
-    media: dict[str, str]
-    """Column of each modality; a cell holds one item, several, or none."""
+    media: dict[str, str] = Field(min_length=1)
+    """Column of each modality; a cell holds one item, several, or none. A row without any is like
+    one whose item cannot be read."""
 
 
 def problem_of(
@@ -72,11 +73,10 @@ def problem_of(
     if mute := [name for name in wanted if not isinstance(row[name], str) or not row[name].strip()]:
         raise DataError(f"{place}: no text in the column {mute[0]!r}", fix="name another column")
     cells = {name: _items(row[column]) for name, column in columns.media.items()}
+    if not any(cells.values()):
+        cells |= {next(iter(cells)): [None]}
     media = {
-        name: tuple(
-            stored(cell, f"{place}, {columns.media[name]}", modality=name, root=root)
-            for cell in of_row
-        )
+        name: stored_items(of_row, f"{place}, {columns.media[name]}", modality=name, root=root)
         for name, of_row in cells.items()
         if of_row
     }
@@ -144,15 +144,27 @@ def from_record(
     return MediaProblem(**values, media=media, styles=styles)
 
 
-def stored(cell: Any, name: str, *, modality: str, root: Path | None) -> Stored:
-    """A cell under a name, looked into when it is loaded."""
-    return Stored(name, partial(_load, cell, modality=modality, root=root))
+def stored_items(
+    items: Sequence[Any], name: str, *, modality: str, root: Path | None
+) -> tuple[Stored, ...]:
+    """What a cell holds, under a name and where there are several a number, looked into when it is
+    loaded."""
+    return tuple(
+        Stored(
+            f"{name} {number}" if len(items) > 1 else name,
+            partial(_load, item, modality=modality, root=root),
+        )
+        for number, item in enumerate(items, start=1)
+    )
 
 
 def inside(root: Path, name: str) -> Path:
     """A file of the data set; DataError for a path that leads out of its folder."""
-    file = (root / name).resolve()
-    if not file.is_relative_to(root.resolve()):
+    try:
+        is_inside = (root / name).resolve().is_relative_to(root.resolve())
+    except (RuntimeError, ValueError) as error:  # links in a circle, a NUL
+        raise DataError(f"{name!r} is no path: {error}") from error
+    if not is_inside:
         raise DataError(f"{name!r} leads out of {root}", fix="name files inside the folder")
     return root / name
 
@@ -174,6 +186,8 @@ def _known_by(cell: Any) -> str | None:
 
 def _load(cell: Any, *, modality: str, root: Path | None) -> NDArray[Any] | Path | bytes:
     """What a modality can prepare, of a cell. Raises DataError for what is no medium."""
+    if cell is None:
+        raise DataError("the cell is empty", fix="leave such rows out")
     if isinstance(cell, bytes | np.ndarray):
         return cell
     if isinstance(cell, Mapping):
@@ -216,7 +230,7 @@ def _fetched(path: str) -> bytes:
         opened: Any = fsspec.open(path, "rb")
         with opened as file:
             data = file.read(MAX_ITEM_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub's library, and that of its connections, have their own
         raise DataError(f"cannot fetch {path}: {error}", fix="check the network") from error
     if len(data) > MAX_ITEM_BYTES:
         raise DataError(f"{path} is larger than {MAX_ITEM_BYTES} bytes")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from phikit.base.callbacks import out_of_reach
 from phikit.base.errors import DataError, MissingExtraError
 from phikit.chat.audio import RATE_HZ
 from phikit.data.media.style import styles_of
@@ -91,8 +92,12 @@ def speak(text: str, voice: Voice) -> Samples:
         raise MissingExtraError("soxr", "synth") from error
     if not any(letter.isalnum() for letter in text):
         raise DataError(f"there is nothing to say in {text!r}", fix="give it words")
-    with _lock:
-        samples, rate_hz = _synthesise(text.encode(), voice)
+
+    def synthesised() -> tuple[NDArray[np.int16], int]:
+        with _lock:
+            return _synthesise(text.encode(), voice)
+
+    samples, rate_hz = out_of_reach(synthesised)
     resampled = soxr.resample(samples.astype(np.float32) / 32768, rate_hz, RATE_HZ)
     return np.asarray(resampled, np.float32)
 

@@ -41,6 +41,45 @@ def test_llava(tmp_path: Path):
         read_layout("llava", file)
 
 
+def test_llava_with_several_pictures_or_what_cannot_be_one(tmp_path: Path):
+    file = tmp_path / "data.json"
+
+    def read(image: object, said: object = "Yes."):
+        turns = [{"from": "human", "value": "<image>Same?"}, {"from": "gpt", "value": said}]
+        file.write_text(json.dumps([{"image": image, "conversations": turns}]))
+        return read_layout("llava", file)
+
+    [problem] = read(["a.png", "b.png"])
+    assert problem.question == "<|image_1|><|image_2|>Same?"
+    assert problem.media == {"vision": (tmp_path / "a.png", tmp_path / "b.png")}
+    for image in (None, [], 7, ["a.png", None]):
+        with pytest.raises(DataError, match="row 0: no picture"):
+            read(image)
+    for said in (None, 3):
+        with pytest.raises(DataError, match="row 0: no conversation"):
+            read("a.png", said)
+    with pytest.raises(DataError, match="row 0: gpt says nothing"):
+        read("a.png", " ")
+    with pytest.raises(DataError, match="is no path"):
+        read("a\0b.png")
+
+
+def test_text_that_is_none(tmp_path: Path):
+    (tmp_path / "1-2.trans.txt").write_bytes(b"1-2-0 \xff\xfe\n")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        read_layout("librispeech", tmp_path)
+    voice = tmp_path / "train.tsv"
+    voice.write_bytes(b"path\tsentence\n\xff\t\xff\n")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        read_layout("common_voice", voice)
+    voice.write_text("path\tsentence\nx.mp3\t" + "word " * 40_000)
+    with pytest.raises(DataError, match="field larger"):
+        read_layout("common_voice", voice)
+    voice.write_text("path\tsentence\nx.mp3\tYes.\ny.mp3\t\n")
+    with pytest.raises(DataError, match="row 2 has no path or no sentence"):
+        read_layout("common_voice", voice)
+
+
 def test_recordings(tmp_path: Path):
     libri = tmp_path / "libri/19/198"
     libri.mkdir(parents=True)

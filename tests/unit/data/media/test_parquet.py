@@ -46,6 +46,22 @@ def test_columns_are_named(tmp_path: Path):
     assert [p.answer for p in here] == [p.answer for p in found if p.provenance.split == split]
 
 
+def test_a_row_without_an_item_is_a_fault(tmp_path: Path):
+    """Trained on as text it would teach to describe what nobody has seen."""
+    cells = [None, [], [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": None}]]
+    rows = [{"image": cell, "caption": "A cat."} for cell in cells]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    columns = Columns(answer="caption", media={"vision": "image"})
+    found = read_layout("parquet", tmp_path / "x.parquet", columns=columns)
+    for problem in found[:2]:
+        [item] = problem.media["vision"]
+        assert isinstance(item, Stored)
+        with pytest.raises(DataError, match="empty"):
+            item.load()
+    names = [item.name for item in found[2].media["vision"] if isinstance(item, Stored)]
+    assert names == ["x.parquet, row 2, image 1", "x.parquet, row 2, image 2"]
+
+
 def test_mistakes_are_typed(tmp_path: Path):
     file = foreign(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="does not say which columns"):

@@ -10,7 +10,7 @@ import pytest
 from tests.bad_media import BAD, wav
 from tests.modalities import HEARS, SEES
 
-from phikit.base.errors import DataError
+from phikit.base.errors import ConfigError, DataError, MissingExtraError
 from phikit.base.media import SPEECH, VISION, MediaItem
 from phikit.chat.render import renderer_for
 from phikit.data.media.generate import generate
@@ -72,6 +72,32 @@ def test_a_missing_file_is_named(nano_tokenizer, tmp_path: Path):
             )
 
 
+def test_what_is_too_long_for_the_model_is_a_fault(nano_tokenizer):
+    renderer = renderer_for(nano_tokenizer, "phi4-mini")
+    problems = generate(family="shapes", seed=0, count=2, split="train")
+    given: dict[str, Any] = {"modalities": MODALITIES, "ids": IDS}
+    longest = max(map(len, prepare(problems, renderer, **given).examples))
+    assert not prepare(problems, renderer, max_tokens=longest, **given).faults
+    made = prepare(problems, renderer, max_tokens=longest - 1, on_fault="skip", **given)
+    assert made.faults and f"the model takes {longest - 1}" in made.faults[0].reason
+    assert len(made.examples) == len(made.problems) == 2 - len(made.faults)
+
+
+def test_a_package_that_is_missing_is_no_fault_of_the_items(nano_tokenizer):
+    def prepares(source: Any) -> MediaItem:
+        raise MissingExtraError("pillow", "media")
+
+    renderer = renderer_for(nano_tokenizer, "phi4-mini")
+    with pytest.raises(MissingExtraError, match="pillow"):
+        prepare(
+            [problem(VISION, b"")],
+            renderer,
+            modalities={VISION: prepares},
+            ids=IDS,
+            on_fault="skip",
+        )
+
+
 def test_any_rate_is_resampled(nano_tokenizer):
     renderer = renderer_for(nano_tokenizer, "phi4-mini")
     lengths = []
@@ -106,8 +132,8 @@ def test_a_model_that_cannot_hear_says_so(nano_tokenizer):
     renderer = renderer_for(nano_tokenizer, "phi4-mini")
     sees = {VISION: MODALITIES[VISION]}
     [spoken] = generate(family="command", seed=0, count=1, split="train")
-    with pytest.raises(DataError, match="without the modality 'speech'"):
-        prepare([spoken], renderer, modalities=sees, ids=IDS)
+    with pytest.raises(ConfigError, match="without the modality 'speech'"):
+        prepare([spoken], renderer, modalities=sees, ids=IDS, on_fault="skip")
     mute = replace(spoken, solution=None)
     with pytest.raises(DataError, match="no solution"):
         prepare([mute], renderer, modalities=MODALITIES, ids=IDS)
