@@ -43,7 +43,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "half an hour": (SPEECH, wav(np.zeros(1800 * 8000, np.int16), 8000), "longer than 60 s"),
     "too few samples a second": (SPEECH, wav(np.zeros(4000), 2000), "2000 samples a second"),
     "cut off": (SPEECH, wav(np.zeros(4000), 16_000)[:20], "damaged"),
-    "another format": (SPEECH, b"ID3 hello", "no WAV, FLAC or OGG"),
+    "another format": (SPEECH, b"MThd hello", "no WAV, FLAC, OGG or MP3"),
     "stereo array": (SPEECH, np.zeros((2, 4000), np.float32), "of shape"),
     "long array": (SPEECH, np.zeros(61 * 16_000, np.float32), "longer than 60 s"),
     "not a number": (SPEECH, np.full(8000, np.nan, np.float32), "not numbers"),

@@ -1,6 +1,6 @@
 """Fine-tuning on rows with media: every row once an epoch, masks that a resumed run repeats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,13 @@ from tests.modalities import MODALITIES, clip, example, image, taught
 
 from phikit.base.device import Rank
 from phikit.base.media import Media
-from phikit.base.types import Example
+from phikit.base.types import Batch, Example
 from phikit.data.media.augment import SpecAugmentConfig
 from phikit.data.pack import batch_rows
 from phikit.models.decoder import Decoder
 from phikit.models.senses import Hearing
 from phikit.recipes.media import copy_encoders
+from phikit.train.loop import LoopConfig
 from phikit.train.media import MediaSFTConfig, MediaSFTObjective
 from phikit.train.optim import OptimConfig
 from phikit.weights.surgery import attach, parts, train_only
@@ -61,8 +62,26 @@ def test_ranks_share_a_step(tiny_model: Callable[..., Decoder]):
     model = taught(tiny_model(), *MODALITIES[:2])
     whole = objective(model).step_data(0).batches
     shares = [objective(model, rank=Rank(k, 2)).step_data(0).batches for k in range(2)]
-    tokens = [[sum(batch.num_tokens for batch in share) for share in shares]]
-    assert sum(tokens[0]) == sum(batch.num_tokens for batch in whole)
+
+    def seen(batches: Sequence[Batch]) -> list[list[int]]:
+        return sorted(row.tolist() for batch in batches for row in batch.tokens_BT)
+
+    def real(rows: list[list[int]]) -> list[list[int]]:
+        return sorted([token for token in row if token] for row in rows)
+
+    assert all(shares)
+    assert real([*seen(shares[0]), *seen(shares[1])]) == real(seen(whole))
+
+
+def test_every_row_is_shown_as_often_as_there_are_epochs(tiny_model: Callable[..., Decoder]):
+    """However few rows there are, and however many make a step."""
+    model = taught(tiny_model(), *MODALITIES[:2])
+    for count, size, epochs in ((10, 16, 5), (5, 4, 1), (17, 16, 3), (8, 4, 2)):
+        config = MediaSFTConfig(examples_per_step=size, micro_examples=size)
+        made = MediaSFTObjective(rows(model, count), config, seed=3)
+        loop = LoopConfig(epochs=epochs, optim=OPTIM)
+        chosen = [made._chosen(step) for step in range(loop.num_steps(made.steps_per_epoch))]
+        assert np.bincount(np.concatenate(chosen)).tolist() == [epochs] * count
 
 
 def test_rows_of_text_are_spared_the_backward_pass(tiny_model: Callable[..., Decoder]):
@@ -95,8 +114,8 @@ def test_masks_follow_from_seed_step_and_row(tiny_model: Callable[..., Decoder])
     masked = [x for step in range(3) for x in clips(objective(model).step_data(step))]
     later = [x for step in range(3, 6) for x in clips(objective(model).step_data(step))]
     assert {x.shape for x in plain} == {x.shape for x in masked}
-    distinct = {x.tobytes() for x in (*plain, *masked, *later)}
-    assert len(distinct) > len(masked)  # hidden anew each time
+    shown = [{x.tobytes() for x in of} for of in (plain, masked, later)]
+    assert not shown[0] & shown[1] and not shown[1] & shown[2]  # hidden anew each time
 
 
 def test_it_resumes_exactly(tiny_model: Callable[..., Decoder], tmp_path: Path):

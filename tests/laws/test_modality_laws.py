@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,14 @@ from phikit.generate.speculate import DraftModel, PromptLookup
 from phikit.models.decoder import Decoder
 from phikit.models.moe import MoEConfig, MoEModel
 from phikit.models.phi import PhiConfig, PhiModel
-from phikit.nn.lora import LoRALinear, choose_adapter, route_adapters
+from phikit.nn.lora import (
+    LoRALinear,
+    attach_lora,
+    choose_adapter,
+    merge_lora,
+    route_adapters,
+    route_of,
+)
 from phikit.weights.load import Loaded, load
 from phikit.weights.save import save
 from phikit.weights.surgery import adapt, attach, attached, detach, merge, parts, train_only
@@ -247,6 +255,20 @@ def test_a_conversation_with_a_series(tiny_model, nano_tokenizer, chatml_tokeniz
         assert "A " in decoded and "sensor" not in decoded
 
 
+@torch.no_grad()
+def test_what_was_merged_is_not_read_again(tiny_multimodal, tmp_path: Path, nano_tokenizer):
+    """Saved over the model that it came from, whose adapters lie there."""
+    loaded = Loaded(tiny_multimodal(), nano_tokenizer, renderer_for(nano_tokenizer, "phi4-mini"))
+    attach(loaded.model, MODALITIES[2])
+    save(tmp_path, loaded)
+    detach(loaded.model, "sensor")
+    merge_lora(loaded.model, "vision", others="drop")
+    save(tmp_path, loaded)
+    again = load(tmp_path).model
+    assert route_of(again).names == [] and not [*tmp_path.glob("*-lora"), *tmp_path.glob("sensor*")]
+    assert torch.equal(again(TEXT), loaded.model(TEXT))
+
+
 def test_what_cannot_be_is_refused(tiny_model, tiny_multimodal, tmp_path: Path, nano_tokenizer):
     vision, speech, sensor = MODALITIES
     model = taught(tiny_model(), vision)
@@ -258,8 +280,23 @@ def test_what_cannot_be_is_refused(tiny_model, tiny_multimodal, tmp_path: Path, 
         detach(model, "smell")
     with pytest.raises(ConfigError, match="no modality 'speech'"):
         parts(model, "speech")
-    with pytest.raises(ConfigError, match="cannot be called 'a/b'"):
-        attach(model, sensor.model_copy(update={"name": "a/b"}))
+    for name in ("a/b", "Radar", "depth_map", "type", "forward", "image"):
+        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+            attach(model, sensor.model_copy(update={"name": name}))
+    with pytest.raises(ConfigError, match="is not lower case letters"):
+        sensor.override(["name=../up"])
+    with pytest.raises(ConfigError, match="an adapter of its own borrows none"):
+        sensor.override(["borrows=vision"])
+    with pytest.raises(ConfigError, match="borrows the adapter of 'visoin', which there is not"):
+        attach(model, sensor.override(["adapter=null", "borrows=visoin"]))
+    with pytest.raises(ConfigError, match="has an adapter 'vision' already"):
+        attach_lora(model, name="vision", targets=("o_proj",), rank=1, alpha=1.0)
+    with pytest.raises(ConfigError, match="'vision' has no encodr"):
+        train_only(model, {"vision": ("encodr",)})  # pyright: ignore[reportArgumentType]
+    borrower = taught(tiny_model(), vision, sensor.override(["adapter=null", "borrows=vision"]))
+    for take in (detach, merge):
+        with pytest.raises(ConfigError, match="'sensor' borrows the adapter of 'vision'"):
+            take(borrower, "vision")
     wrong = sensor.override(['adapter={"rank": 1, "alpha": 1.0, "targets": ["query"]}'])
     with pytest.raises(ConfigError, match="no linear layer 'query'"):
         attach(model, wrong)
@@ -283,6 +320,16 @@ def test_what_cannot_be_is_refused(tiny_model, tiny_multimodal, tmp_path: Path, 
         load(tmp_path)
     about.write_text(saved.replace('"d_mlp": 40', '"d_mlp": 44'))
     with pytest.raises(WeightsError, match="does not fit its config"):
+        load(tmp_path)
+    about.write_text(saved.replace('"d_mlp": 40', '"d_mlp": 80000000000'))
+    with pytest.raises(WeightsError, match="does not fit its config"):  # and nothing is allocated
+        load(tmp_path)
+    for token in ("5", "-7", "1e400", str(2**70)):
+        about.write_text(re.sub('"token": [0-9]+', f'"token": {token}', saved))
+        with pytest.raises(WeightsError, match=r"the token|does not describe"):
+            load(tmp_path)
+    about.write_text(saved.replace('"name": "vision"', '"name": "speech"'))
+    with pytest.raises(WeightsError, match="another's name or token"):
         load(tmp_path)
     about.write_text("{")
     with pytest.raises(WeightsError, match="does not describe a modality"):

@@ -85,6 +85,7 @@ class Media:
                     if isinstance(part, np.ndarray):
                         digest.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
                     else:
+                        assert isinstance(part, bool | int | float | str | None), type(part)
                         digest.update(repr(part).encode())
         return digest.digest()
 

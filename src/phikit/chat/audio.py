@@ -38,7 +38,10 @@ MAX_SECONDS = 1800.0
 """Half an hour, the longest speech in the model's training data."""
 MAX_BYTES = 512 << 20
 """Half an hour of uncompressed stereo at 48 kHz and 16 bits is 346 MB."""
-MAGIC = (b"RIFF", b"fLaC", b"OggS")
+MAGIC = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
+"""WAV, FLAC, OGG, and MP3 with and without tags."""
+MAX_LEVEL = 1e6
+"""Of a sample, where 1 is full scale; beyond it the energies of a frame are no float32."""
 RATES_HZ = range(4_000, 384_001)
 BLOCK_SAMPLES = 1 << 20
 """Decoded at once, over all channels."""
@@ -68,7 +71,7 @@ def load_audio(
 def read_samples(
     source: bytes | Path, *, max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_BYTES
 ) -> NDArray[np.float32]:
-    """Mono samples at 16 kHz, channels averaged, of a WAV, FLAC or OGG file.
+    """Mono samples at 16 kHz, channels averaged, of a WAV, FLAC, OGG or MP3 file.
 
     A WAV or OGG file that was cut short is read up to the cut.
 
@@ -135,7 +138,7 @@ def audio_clip(samples: NDArray[np.float32], *, where: str = "the audio") -> Aud
 
 
 def check_samples(samples: NDArray[np.float32], *, where: str) -> None:
-    """Raise ChatError for less than 25 ms of sound, or samples that are not finite."""
+    """Raise ChatError for less than 25 ms of sound, or samples that are not finite or huge."""
     if len(samples) < WINDOW_SAMPLES:
         raise ChatError(
             f"{where} lasts {1000 * len(samples) / RATE_HZ:.1f} ms; "
@@ -143,6 +146,8 @@ def check_samples(samples: NDArray[np.float32], *, where: str) -> None:
         )
     if not np.isfinite(samples).all():
         raise ChatError(f"{where} holds samples that are not numbers", fix="export it again")
+    if (level := float(np.abs(samples).max())) > MAX_LEVEL:
+        raise ChatError(f"{where} has a sample of {level:g}, where 1 is full scale", fix="scale it")
 
 
 def log_mel(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -197,8 +202,10 @@ def _decode(file: BinaryIO, where: str, max_seconds: float) -> NDArray[np.float3
         import soxr
     except ImportError as error:
         raise MissingExtraError(error.name or "soundfile", "media") from error
-    if file.read(4) not in MAGIC:
-        raise ChatError(f"{where} is no WAV, FLAC or OGG file", fix="convert it to one of these")
+    if not file.read(4).startswith(MAGIC):
+        raise ChatError(
+            f"{where} is no WAV, FLAC, OGG or MP3 file", fix="convert it to one of these"
+        )
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:

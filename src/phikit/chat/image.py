@@ -82,7 +82,7 @@ def open_image(source: "str | Path | bytes | Image.Image") -> "Image.Image":
 
     Raises:
         ChatError: no such file, another format, damaged, more than `MAX_BYTES` or `MAX_PIXELS`, or
-            16 bits a channel.
+            more than 8 bits a channel that Pillow would not scale to 8.
         MissingExtraError: Pillow is not installed.
     """
     try:

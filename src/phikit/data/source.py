@@ -151,7 +151,7 @@ def load_problems(
     for problem in problems:
         if source.count is not None and len(found) == source.count:
             break
-        if is_benchmark or split_of(problem.signature) == split:
+        if is_benchmark or problem.provenance.split == split:
             found.append(problem)
     if not found:
         raise DataError(f"{source.kind} source has no problem of the split {split!r}")
@@ -162,7 +162,7 @@ def _of_files(source: MediaFileSource, split: Split) -> list[Problem]:
     """The problems of one side, spread evenly over the whole, as layouts are sorted."""
     found = read_layout(source.layout, Path(source.path), columns=source.columns)
     if source.held_out is None:
-        chosen = [problem for problem in found if split_of(problem.signature) == split]
+        chosen = [problem for problem in found if problem.provenance.split == split]
     else:
         mark = f"voice:{source.held_out}"
         is_training = split in ("train", "rl")

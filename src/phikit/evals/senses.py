@@ -14,6 +14,7 @@ from phikit.evals.metrics import (
     character_error_rate,
     exact_match,
     metric_scorer,
+    normalise_speech,
     relaxed_accuracy,
     word_error_rate,
 )
@@ -30,8 +31,6 @@ class Measure(NamedTuple):
 
     name: str
     of: Compare
-    is_error: bool = False
-    """Whether less is better."""
 
 
 def _mean_of(metric: Callable[[str, str], float]) -> Compare:
@@ -40,8 +39,8 @@ def _mean_of(metric: Callable[[str, str], float]) -> Compare:
 
 EXACT = Measure("exact match", _mean_of(exact_match))
 RELAXED = Measure("relaxed accuracy", _mean_of(relaxed_accuracy))
-CER = Measure("CER", character_error_rate, is_error=True)
-WER = Measure("WER", word_error_rate, is_error=True)
+CER = Measure("CER", character_error_rate)
+WER = Measure("WER", word_error_rate)
 ERROR_RATES = (CER.name, WER.name)
 """Measures of which less is better."""
 
@@ -79,12 +78,13 @@ def sense_scorer() -> Scorer:
 def figures(result: EvalResult) -> dict[str, dict[str, Any]]:
     """The measure of every family in a result, as data: `{"measure", "value", "n"}`.
 
-    A reply that was cut off or failed counts as what it says so far.
+    A reply that was cut off or failed counts as what it says so far. Problems whose answer has no
+    word, such as "...", say nothing about an error rate and are left out.
     """
     said: dict[str, list[tuple[str, str]]] = {}
     for record in result.records:
         said.setdefault(record.family, []).append((record.gold, record.replies[0].answer.strip()))
-    return {family: _figure(family, pairs) for family, pairs in said.items()}
+    return _figures(said)
 
 
 def chance(
@@ -106,7 +106,20 @@ def chance(
         known = counted.get((family, problem.question)) or counted.get((family, ""))
         if known:
             said.setdefault(family, []).append((problem.answer, known.most_common(1)[0][0]))
-    return {family: _figure(family, pairs) for family, pairs in said.items()}
+    return _figures(said)
+
+
+def _figures(said: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, dict[str, Any]]:
+    """Of families' answers and replies; a family that cannot be measured has none."""
+    told = {
+        family: [
+            (gold, reply)
+            for gold, reply in pairs
+            if measure_of(family).name not in ERROR_RATES or normalise_speech(gold)
+        ]
+        for family, pairs in said.items()
+    }
+    return {family: _figure(family, pairs) for family, pairs in told.items() if pairs}
 
 
 def _figure(family: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

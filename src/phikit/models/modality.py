@@ -19,17 +19,21 @@ Source: Phi-4-Mini technical report (arXiv 2503.01743), section 2.2.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from phikit.base.config import Config
 from phikit.base.errors import ChatError, ConfigError
 from phikit.base.media import Media, MediaItem, word_of
 from phikit.nn.lora import route_of
+
+NAME = re.compile(r"[a-z][a-z0-9]{0,31}")
+"""Of a modality: it becomes part of placeholders, folders, and the names of files in shards."""
 
 
 class LoraShape(Config):
@@ -135,7 +139,8 @@ class ModalityConfig(Config):
     kind: str
     """Names the subclass; fixed in each of them by a Literal."""
     name: str
-    """Of the modality, of its adapter, and of its items in `Media`."""
+    """Of the modality, of its adapter, of its items in `Media` and of their placeholders: letters
+    in lower case and digits."""
     precedence: NonNegativeInt = 0
     """In a row of several modalities the one of the highest precedence leads."""
     adapter: AdapterConfig | None = None
@@ -143,6 +148,18 @@ class ModalityConfig(Config):
     borrows: str | None = None
     """The modality whose adapter the rows run on that this one leads. So several can share one, and
     disturb each other."""
+
+    @model_validator(mode="after")
+    def _has_a_plain_name(self) -> Self:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"name: {self.name!r} is not lower case letters and digits")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_adapter(self) -> Self:
+        if self.adapter is not None and self.borrows is not None:
+            raise ValueError("borrows: a modality with an adapter of its own borrows none")
+        return self
 
     def without_adapter(self) -> Self:
         """The same with no adapter, of its own or borrowed."""

@@ -11,13 +11,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from phikit.base.errors import ChatError, MissingExtraError
 from phikit.base.media import SPEECH, VISION
-from phikit.chat.audio import MAX_SECONDS, AudioClip, load_audio
+from phikit.chat.audio import MAX_SECONDS, NUM_MELS, AudioClip, load_audio
 from phikit.chat.image import ImageCrops, load_image
 from phikit.models.modality import Modality, ModalityConfig, register
 from phikit.nn.speech import AudioEmbedder, MeanVarianceNorm, SpeechConfig
@@ -199,6 +199,13 @@ class SpeechModality(ModalityConfig):
     encoder: SpeechConfig = SpeechConfig()
     max_seconds: PositiveFloat = MAX_SECONDS
     """Longer clips are refused."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _hears_these_bands(cls, encoder: SpeechConfig) -> SpeechConfig:
+        if encoder.num_mels != NUM_MELS:
+            raise ValueError(f"num_mels: clips have {NUM_MELS} bands, not {encoder.num_mels}")
+        return encoder
 
     def build(self, d_model: int) -> Hearing:
         made = Hearing(self.encoder, d_model)

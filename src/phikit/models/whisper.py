@@ -7,11 +7,11 @@ SLAM-ASR (Ma et al., 2024, arXiv 2402.08846).
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from phikit.base.media import SPEECH, VISION
@@ -66,6 +66,16 @@ class WhisperModality(ModalityConfig):
     start: str | None = None
     """The checkpoint that the encoder's weights are taken from when the modality is attached, as in
     `weights.whisper.load_whisper`; None draws them."""
+
+    @model_validator(mode="after")
+    def _has_positions(self) -> Self:
+        vectors = VECTORS_PER_TOKEN * self.window_samples // SAMPLES_PER_TOKEN
+        if vectors > self.encoder.max_positions:
+            raise ValueError(
+                f"window_seconds: {self.window_seconds:g} s are {vectors} vectors, and the encoder "
+                f"has {self.encoder.max_positions} positions"
+            )
+        return self
 
     @property
     def window_samples(self) -> int:

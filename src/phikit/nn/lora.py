@@ -295,6 +295,15 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     ]
 
 
+def check_new(model: nn.Module, name: str) -> None:
+    """Raise ConfigError if there is an adapter of that name, which a new one would mix with."""
+    if name in route_of(model).names:
+        raise ConfigError(
+            f"the model has an adapter {name!r} already",
+            fix="merge or remove that one first, or give the new one another name",
+        )
+
+
 def add_adapter(
     model: nn.Module, path: str, *, name: str, adapter: LowRank | LowRankExperts
 ) -> None:
@@ -334,8 +343,10 @@ def add_adapters(
     """Give the linears named in `targets` an adapter each; freeze and choose nothing.
 
     Stacked experts are linears here, and each expert has an adapter. Returns the adapters' weights.
-    Raises ConfigError if a target is no linear layer of the submodule `within`.
+    Raises ConfigError if a target is no linear layer of the submodule `within`, or there is an
+    adapter of that name.
     """
+    check_new(model, name)
     targets = list(targets)
     linears = {
         f"{within}.{path}": module

@@ -218,18 +218,29 @@ class PipelineConfig(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     @model_validator(mode="after")
+    def _adapters_are_of_senses(self) -> Self:
+        if self.lora is not None and (self.modalities or self._media_stages()):
+            raise ValueError(
+                "lora: a model that learns to see or hear has the adapters of its modalities; "
+                "set theirs (modalities.NAME.adapter), and leave lora null"
+            )
+        return self
+
+    def _media_stages(self) -> list[MediaStage]:
+        return [stage for stage in self.stages if isinstance(stage, MediaStage)]
+
+    @model_validator(mode="after")
     def _has_senses(self) -> Self:
         known = {modality.name for modality in self.modalities}
         bare = {modality.name for modality in self.modalities if modality.adapter is None}
-        for stage in self.stages:
-            if isinstance(stage, MediaStage) and not known.issuperset(stage.learns):
+        for stage in self._media_stages():
+            if not known.issuperset(stage.learns):
                 missing = sorted({*stage.learns} - known)
                 raise ValueError(
                     f"stages.{stage.name}.learns: no modality {missing[0]!r}; "
                     f"there are {', '.join(sorted(known)) or 'none'}"
                 )
-            learns = stage.learns if isinstance(stage, MediaStage) else {}
-            if without := [name for name in bare if "adapter" in learns.get(name, ())]:
+            if without := [name for name in bare if "adapter" in stage.learns.get(name, ())]:
                 raise ValueError(
                     f"stages.{stage.name}.learns: {without[0]!r} has no adapter to train; "
                     f"give modalities.{without[0]}.adapter, or leave it out here"

@@ -43,7 +43,7 @@ from phikit.weights.load import Loaded
 
 TEXT = "text.json"
 """A `TextState`, in the folder of its stage."""
-PLACEHOLDER = re.compile(r"<\|[a-z]+_\d+\|>")
+PLACEHOLDER = re.compile(r"<\|[a-z][a-z0-9]*_\d+\|>")
 DOCUMENTS, TEXTS, TEXT_TOKENS = 80, 16, 48
 """Documents on which the text model is compared, and the rows that are cut from them."""
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Write a short poem.")
@@ -244,31 +244,36 @@ class SensePipeline(Pipeline):
         return chance(problems, answers)
 
     def _gallery(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
-        """The first problems of each family, with what was said about them after each stage."""
+        """The first problems of each family, with what was said about them after each stage.
+
+        They are known by their place: several may ask the same in other voices or fonts.
+        """
         shown: dict[str, list[MediaProblem]] = {}
         for problem in problems:
             of_family = shown.setdefault(problem.provenance.family, [])
             if isinstance(problem, MediaProblem) and len(of_family) < SHOWN:
                 of_family.append(problem)
         places = [(folder.stage.name, folder.path) for folder in self.folders]
-        said: dict[str, dict[str, str]] = {}
+        said: dict[tuple[str, int], dict[str, str]] = {}
         for name, path in [("base", self.out / "base"), *places]:
             if not self._evaluation_path(path).is_file():
                 continue
             for result in self._evaluation(path).values():
-                for record in result.records:
-                    replies = said.setdefault(record.content_hash, {})
-                    replies[name] = record.replies[0].answer
+                for family in shown:
+                    records = [record for record in result.records if record.family == family]
+                    for place, record in enumerate(records[:SHOWN]):
+                        replies = said.setdefault((family, place), {})
+                        replies[name] = record.replies[0].answer
         return [
             {
-                "family": problem.provenance.family,
+                "family": family,
                 "question": problem.question,
                 "gold": problem.answer,
                 "items": shown_items(problem),
-                "replies": said.get(problem.content_hash, {}),
+                "replies": said.get((family, place), {}),
             }
-            for of_family in shown.values()
-            for problem in of_family
+            for family, of_family in shown.items()
+            for place, problem in enumerate(of_family)
         ]
 
 

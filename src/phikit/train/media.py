@@ -48,6 +48,11 @@ class MediaSFTObjective(SFTObjective):
         self.media_config, self.seed, self.rank = config, seed, rank
         self._epoch, self._steps = -1, list[NDArray[np.int64]]()
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps that make one pass over the data; the last may be smaller."""
+        return -(-len(self.examples) // self.config.examples_per_step)
+
     def step_data(self, step: int) -> StepData:
         size = self.config.micro_examples
         rows = [
@@ -69,7 +74,7 @@ class MediaSFTObjective(SFTObjective):
     def _chosen(self, step: int) -> NDArray[np.int64]:
         """The rows of a step; every epoch has its own order, and its last step may be smaller."""
         size = self.config.examples_per_step
-        epoch, index = divmod(step, -(-len(self.examples) // size))
+        epoch, index = divmod(step, int(self.steps_per_epoch))
         if epoch != self._epoch:
             self._epoch, self._steps = (
                 epoch,

@@ -20,7 +20,14 @@ from phikit.base.errors import WeightsError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.models.decoder import Decoder
 from phikit.models.registry import checkpoint_parts
-from phikit.nn.lora import BLOCKS, LowRank, add_adapter, choose_adapter, lora_linears
+from phikit.nn.lora import (
+    BLOCKS,
+    LowRank,
+    add_adapter,
+    check_new,
+    choose_adapter,
+    lora_linears,
+)
 from phikit.nn.quantised import QuantLinear
 from phikit.weights.build import TensorSource, mismatches
 from phikit.weights.renamed import Renamed
@@ -129,7 +136,9 @@ def load_adapter(
 
     Raises:
         WeightsError: it is no LoRA adapter, or does not fit the model; the model is unchanged.
+        ConfigError: the model has an adapter of that name.
     """
+    check_new(model, name)
     folder = Path(folder)
     settings = read_settings(folder / CONFIG)
     with open_adapter(folder) as source:

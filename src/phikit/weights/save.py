@@ -7,6 +7,7 @@ written tensor by tensor from where they lie, so saving needs no second copy of 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,11 @@ def save(
             on_progress(done, total)
 
     _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes, on_tensor=count)
-    for name in adapters:
-        save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
+    for name in own:
+        if name in adapters:
+            save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
+        else:  # one that was merged since would be read, and count twice
+            shutil.rmtree(folder / adapter_folder(name), ignore_errors=True)
     save_modalities(folder, model, dtype=dtype)
 
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from phikit.base.errors import ConfigError, WeightsError
 from phikit.base.files import storage_errors, write_atomic
+from phikit.base.media import word_of
 from phikit.models.decoder import Decoder
-from phikit.models.modality import Modality, ModalityConfig, modality_from
+from phikit.models.modality import NAME, Modality, ModalityConfig, modality_from
 from phikit.models.multimodal import adapter_folder
 from phikit.models.whisper import WhisperHearing, WhisperModality
 from phikit.nn.lora import (
@@ -44,6 +45,7 @@ Part = Literal["encoder", "projector", "beside", "adapter"]
 TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "up_proj", "down_proj")
 """Linears of attention and feed-forward, as the families call them."""
 CONFIG, TENSORS = "config.json", "model.safetensors"
+MAX_TOKEN = 1 << 31
 
 
 class Parts(NamedTuple):
@@ -63,8 +65,9 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
     learns, and the rows' contents say what runs.
 
     Raises:
-        ConfigError: the model has a modality or an adapter of that name, or its blocks lack a
-            target of the adapter.
+        ConfigError: the model has a modality or an adapter of that name, or its items are called as
+            those of another; its blocks lack a target of the adapter, or there is no adapter of the
+            name that it borrows.
         WeightsError, MissingExtraError: the checkpoint that its encoder starts from is missing,
             damaged, or of another shape.
     """
@@ -74,8 +77,11 @@ def attach(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
             f"the model has {name!r} already",
             fix="detach that one first, or give this modality another name",
         )
-    if not name.isidentifier():  # it becomes part of paths, keys and placeholders
-        raise ConfigError(f"a modality cannot be called {name!r}", fix="use letters and digits")
+    is_taken = word_of(name) in map(word_of, model.senses) or hasattr(nn.ModuleDict, name)
+    if is_taken or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"a modality cannot be called {name!r} here", fix="use other lower case letters"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = modality.build(model.config.d_model)
@@ -111,6 +117,11 @@ def adapt(model: Decoder, modality: ModalityConfig, *, seed: int = 0) -> Parts:
 
 def _adapt(model: Decoder, modality: ModalityConfig, seed: int) -> None:
     adapter = modality.adapter
+    if modality.borrows is not None and modality.borrows not in route_of(model).names:
+        raise ConfigError(
+            f"{modality.name!r} borrows the adapter of {modality.borrows!r}, which there is not",
+            fix="attach that one first",
+        )
     if adapter is not None:
         targets = adapter.targets or _targets(model)
         generator = torch.Generator().manual_seed(seed)
@@ -121,9 +132,10 @@ def _adapt(model: Decoder, modality: ModalityConfig, seed: int) -> None:
 def detach(model: Decoder, name: str) -> None:
     """Take a modality away, its adapter included; the weights of the rest stay what they are.
 
-    Raises ConfigError if none of that name was attached.
+    Raises ConfigError if none of that name was attached, or another one borrows its adapter.
     """
     _check(model, name)
+    _check_unborrowed(model, name)
     del model.modalities[name]
     route = route_of(model)
     if name in route.names:
@@ -142,9 +154,10 @@ def merge(model: Decoder, name: str) -> None:
 
     The modality stays, and its rows run on the merged base. Raises ConfigError if none of that name
     was attached, or it has no adapter, or the model has other adapters, which were trained on
-    the base as it was.
+    the base as it was, or another modality borrows this one.
     """
     sense = _check(model, name)
+    _check_unborrowed(model, name)
     merge_lora(model, name)
     sense.config = sense.config.model_copy(update={"adapter": None})
 
@@ -179,7 +192,7 @@ def train_only(model: Decoder, learning: Mapping[str, Sequence[Part]]) -> list[n
     for name, chosen in learning.items():
         of = parts(model, name)._asdict()
         for part in chosen:
-            if not of[part]:
+            if not of.get(part):
                 raise ConfigError(f"{name!r} has no {part} to train", fix="attach it with one")
             trainable += of[part]
     model.requires_grad_(False)
@@ -217,6 +230,8 @@ def save_modalities(folder: Path, model: Decoder, *, dtype: torch.dtype | None =
             write_tensors(own / TENSORS, sense.state_dict(), dtype=dtype)
             if name in route_of(model).names:
                 save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
+            else:
+                shutil.rmtree(folder / adapter_folder(name), ignore_errors=True)
 
 
 def saved_modalities(folder: Path) -> list[tuple[int, ModalityConfig]]:
@@ -224,7 +239,16 @@ def saved_modalities(folder: Path) -> list[tuple[int, ModalityConfig]]:
 
     Errors are those of `load_modalities`.
     """
-    saved = [_read_about(own / CONFIG) for own in folder.glob("*-modality")]
+    saved: list[tuple[int, ModalityConfig]] = []
+    for own in folder.glob("*-modality"):
+        token, config = _read_about(own / CONFIG)
+        if _folder(config.name) != own.name or token in (known for known, _ in saved):
+            raise WeightsError(
+                f"{own / CONFIG} describes {config.name!r} with the token {token}, "
+                "which is another's name or token",
+                fix="save the model again",
+            )
+        saved.append((token, config))
     return sorted(saved, key=lambda entry: entry[0])
 
 
@@ -243,22 +267,36 @@ def load_modalities(folder: Path, model: Decoder) -> None:
     """
     for token, config in saved_modalities(folder):
         own = folder / _folder(config.name)
-        made = config.build(model.config.d_model)
-        state = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        if token not in range(model.config.vocab_size, MAX_TOKEN):
+            raise WeightsError(
+                f"{own / CONFIG}: the token {token} is one of the text's, or none",
+                fix="save the model again",
+            )
+        wanted = _shapes(config, model.config.d_model, own / CONFIG)
         with open_file(own / TENSORS) as source:
-            wanted = {name: tuple(shape) for name, shape in state.items()}
             faults = mismatches(source.shapes, wanted, unreadable=source.unreadable)
             if faults:
                 raise WeightsError(
                     f"{own / TENSORS} does not fit its config:"
                     + "".join(f"\n  {fault}" for fault in faults)
                 )
-            made.load_state_dict({name: source.read(name) for name in state})
+            made = config.build(model.config.d_model)
+            made.load_state_dict({name: source.read(name) for name in wanted})
         _put(model, made.known_by(config, token=token))
         if config.adapter is not None:
             load_adapter(folder / adapter_folder(config.name), model, name=config.name)
             choose_adapter(model, None)
             model.requires_grad_(True)  # which `load_adapter` has taken from it
+
+
+def _shapes(config: ModalityConfig, d_model: int, path: Path) -> dict[str, tuple[int, ...]]:
+    """Of a modality's tensors; nothing is allocated, as the config may ask for any size."""
+    try:
+        with torch.device("meta"):
+            state = config.build(d_model).state_dict()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} describes no modality: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _put(model: Decoder, sense: Modality) -> None:
@@ -274,6 +312,14 @@ def _check(model: Decoder, name: str) -> Modality:
         names = ", ".join(model.modalities) or "none"
         raise ConfigError(f"no modality {name!r} is attached", fix=f"those attached: {names}")
     return model.senses[name]
+
+
+def _check_unborrowed(model: Decoder, name: str) -> None:
+    for borrower, config in attached(model).items():
+        if config.borrows == name:
+            raise ConfigError(
+                f"{borrower!r} borrows the adapter of {name!r}", fix=f"detach {borrower!r} first"
+            )
 
 
 def _targets(model: Decoder) -> list[str]:
@@ -295,7 +341,7 @@ def _read_about(path: Path) -> tuple[int, ModalityConfig]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         token, modality = int(values["token"]), dict(values["modality"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise WeightsError(
             f"{path} does not describe a modality: {error!r}", fix="save the model again"
         ) from error

@@ -45,6 +45,16 @@ def test_formats(form: str, tmp_path: Path):
     assert centres / audio.mel_filters()[:, loudest].sum() == pytest.approx(440, abs=35)
 
 
+def test_mp3(tmp_path: Path):
+    """As Common Voice publishes its clips."""
+    for rate_hz in (16_000, 48_000):
+        tone = sine(440, rate_hz=rate_hz)
+        samples = read_samples(encoded(tone, rate_hz=rate_hz, form="MP3", kind="MPEG_LAYER_III"))
+        assert len(samples) == pytest.approx(16_000, abs=2_400)  # the coder pads both ends
+        loudest = np.abs(np.fft.rfft(samples[4_000:12_000])).argmax() * 2
+        assert loudest == pytest.approx(440, abs=4)
+
+
 def test_sound_at_16_khz_is_left_as_it_is():
     samples = np.random.default_rng(0).uniform(-1, 1, 5_000).astype(np.float32)
     read = read_samples(encoded(samples, rate_hz=16_000, kind="FLOAT"))
@@ -96,8 +106,8 @@ def damaged(form: str) -> bytes:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (b"", "no WAV, FLAC or OGG"),
-        (b"ID3\x04 a song", "no WAV, FLAC or OGG"),
+        (b"", "no WAV, FLAC, OGG or MP3"),
+        (b"ID3\x04 a song", "damaged"),
         (b"RIFF", "damaged"),
         (FILES["WAV"][:20], "damaged"),
         (FILES["FLAC"][:-1], "damaged"),
@@ -107,6 +117,7 @@ def damaged(form: str) -> bytes:
         (encoded(np.zeros(0), rate_hz=16_000), "lasts 0.0 ms; the shortest clip is 25 ms"),
         (encoded(np.zeros(399), rate_hz=16_000), "lasts 24.9 ms"),
         (encoded(np.full(800, np.nan), rate_hz=16_000, kind="FLOAT"), "not numbers"),
+        (encoded(np.full(800, 1e34), rate_hz=16_000, kind="FLOAT"), "a sample of 1e\\+34"),
         (encoded(np.zeros(800), rate_hz=100), "100 samples a second"),
     ],
     ids=[
@@ -121,6 +132,7 @@ def damaged(form: str) -> bytes:
         "none",
         "short",
         "nan",
+        "huge",
         "rate",
     ],
 )

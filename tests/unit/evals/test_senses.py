@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from phikit.chat.message import Message
 from phikit.data.problem import Problem, Provenance
-from phikit.evals.senses import chance, figures, measure_of, sense_scorer
+from phikit.evals.senses import ERROR_RATES, chance, figures, measure_of, sense_scorer
 from phikit.evals.task import Task, evaluate
 from phikit.solve.solver import Reply
 
@@ -35,7 +35,11 @@ def test_each_family_has_its_measure():
     }  # fmt: skip
     values = {family: round(cell["value"], 3) for family, cell in found.items()}
     assert values == {"digit": 1.0, "chart": 1.0, "text": 0.2, "spoken_digits": 0.5}
-    assert measure_of("text").is_error and not measure_of("anything").is_error
+    silent = [*ASKED, problem("spoken_digits", "..."), problem("command", "(laughs)")]
+    replies = [[said(text)] for text in (*REPLIES, "one", "hello")]
+    assert figures(evaluate(Task("t", silent, lambda _: replies, sense_scorer()))) == found
+    assert measure_of("text").name in ERROR_RATES
+    assert measure_of("anything").name not in ERROR_RATES
 
 
 def test_chance_gives_each_question_its_most_frequent_answer():

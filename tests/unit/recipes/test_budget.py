@@ -85,6 +85,12 @@ def test_an_adapter_that_is_not_there_is_missed_at_once():
         see_and_hear().override(["modalities.vision.adapter=null"])
 
 
+def test_an_adapter_of_the_text_model_is_none_of_the_senses():
+    """It would freeze what the stages are to train."""
+    with pytest.raises(ConfigError, match=r"lora: .*modalities\.NAME\.adapter"):
+        see_and_hear().override(['lora={"rank": 4, "alpha": 8}'])
+
+
 def test_the_memory_of_the_optimiser_is_that_of_its_tensors():
     optim = OptimConfig(adam_lr=1e-3, muon_lr=1e-2)
     config = nano(

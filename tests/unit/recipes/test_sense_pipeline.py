@@ -14,14 +14,15 @@ from phikit.data.media.parquet import write_parquet
 from phikit.data.media.problem import MediaProblem
 from phikit.data.problem import Provenance
 from phikit.data.source import HubSource, MediaFileSource, MediaSource, Source
+from phikit.data.split import split_of
 from phikit.recipes.config import EvaluationConfig, MediaStage
 from phikit.recipes.see_and_hear import see_modular
 from phikit.recipes.sense_pipeline import DrawnProblems
 
 
 def problem(family: str, number: int) -> MediaProblem:
-    origin = Provenance("album", family, "CC0-1.0", "train", "test", "1", 0, number)
     text, media = f"{family} {number}", {VISION: (b"never opened",)}
+    origin = Provenance("album", family, "CC0-1.0", split_of(text), "test", "1", 0, number)
     return MediaProblem("<|image_1|>?", f"a{number % 3}", None, "", None, text, origin, media=media)
 
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from phikit.base.config import Config
-from phikit.base.errors import MissingExtraError
+from phikit.base.errors import ConfigError, MissingExtraError
 from phikit.chat.audio import RATE_HZ, AudioClip, mel_centres
 from phikit.data.media.speak import Samples
 
@@ -22,12 +22,12 @@ SPEEDS = (0.9, 1.0, 1.1)
 class SpecAugmentConfig(Config):
     """How a spectrogram is altered; the defaults are mild, for clips of a few seconds."""
 
-    bands: int = 2
+    bands: NonNegativeInt = 2
     """Stretches of neighbouring mel bands."""
-    max_bands: int = 12
+    max_bands: NonNegativeInt = 12
     """Widest of them."""
-    times: int = 2
-    max_share: float = 0.1
+    times: NonNegativeInt = 2
+    max_share: float = Field(default=0.1, ge=0, le=1)
     """Longest of them, of the clip."""
     throat: float = Field(default=0.0, ge=0, lt=1)
     """Up to this share the vocal tract becomes shorter or longer, and all frequencies higher or
@@ -55,8 +55,16 @@ def spec_augment(
 
 
 def from_throat(features_TF: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-    """Log-mel energies [T, F] with all frequencies times `factor`; the ends are drawn out."""
+    """Log-mel energies [T, F] with all frequencies times `factor`; the ends are drawn out.
+
+    Raises ConfigError for other bands than those of `chat.audio`.
+    """
     centres = mel_centres()
+    if features_TF.shape[1] != len(centres):
+        raise ConfigError(
+            f"throat: it knows {len(centres)} mel bands, and clips have {features_TF.shape[1]}",
+            fix="set throat to 0",
+        )
     places = np.interp(centres / factor, centres, np.arange(len(centres)))
     below = places.astype(np.int64)
     above = np.minimum(below + 1, len(centres) - 1)

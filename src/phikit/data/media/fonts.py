@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from phikit.base.errors import DataError, MissingExtraError
 from phikit.base.packages import package_folder
-from phikit.data.media.style import style_split, styles_of
+from phikit.data.media.style import styles_of
 from phikit.data.split import Split
 
 if TYPE_CHECKING:
@@ -103,18 +103,13 @@ def families() -> dict[str, tuple[Path, ...]]:
 def families_of(split: Split) -> list[str]:
     """The families that problems of a split may show.
 
-    Raises DataError if there are none: matplotlib's alone serve training and testing, and leave
-    nothing for validation.
+    Raises MissingExtraError if there are none: matplotlib's alone serve training and testing, and
+    leave nothing for validation.
     """
     try:
         return styles_of(split, "font", families())
     except DataError as error:
         raise MissingExtraError("font-rhd", "synth") from error
-
-
-def family_split(family: str) -> Split:
-    """The split that a family belongs to."""
-    return style_split("font", family)
 
 
 @cache

@@ -1,8 +1,9 @@
 """Generated problems about pictures and speech: families, splits, seeds.
 
 A problem's split is a hash of what it asks and shows, fonts and voices aside; the styles of a split
-are its own (`style`). So neither the content nor the look of a test problem was seen in training.
-Handwritten digits are real, and their split is that of the scan.
+are its own (`style`). So neither the content nor the look of a test problem was seen in training
+with problems of its family. Families share words: one that is read alone in a test may stand in a
+line of training, in another font. Handwritten digits are real, and their split is that of the scan.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,9 @@
 """Readers of pictures and recordings that people have, in the layouts they are published in.
 
 Nothing is decoded here: an item is a path, read when its problem is prepared, where a damaged or
-missing file is named (`problem.prepare`). A problem's split is a hash of its text and of the file's
-path inside its folder, or is given: to leave one speaker out, read the recordings twice.
+missing file is named (`problem.prepare`). A problem's split is a hash of its speaker where there is
+one, else of the file's path inside its folder, or is given: to leave one speaker out, read the
+recordings twice.
 
 - LLaVA's JSON: `[{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."},
   {"from": "gpt", "value": ...}]}]`, images beside it or in a folder, one or a list of them.
@@ -24,13 +25,10 @@ from phikit.base.media import SPEECH, VISION
 from phikit.data.media.generate import NUMERALS
 from phikit.data.media.parquet import read_parquet
 from phikit.data.media.problem import MediaProblem
-from phikit.data.media.rows import PROMPTS, Columns, inside
+from phikit.data.media.rows import PROMPTS, Columns, inside, new_problem
 from phikit.data.media.shards import read_shards
-from phikit.data.problem import Provenance, normalise
-from phikit.data.split import split_of
 
 Layout = Literal["llava", "librispeech", "common_voice", "spoken_digits", "parquet", "webdataset"]
-DICTATION = f"<|audio_1|>{PROMPTS[SPEECH]}"
 MAX_TEXT_BYTES = 1 << 30
 """Of one file of transcripts or conversations."""
 
@@ -77,27 +75,15 @@ def family_of(layout: Layout) -> str:
 
 
 def _problem(item: Item, index: int, family: str, root: Path) -> MediaProblem:
-    files = [str(file.relative_to(root)) for of in item.media.values() for file in of]
-    signature = " ".join([family, *files, normalise(item.question), normalise(item.answer)])
-    return MediaProblem(
-        question=item.question,
-        answer=item.answer,
-        thinking=None,
-        solution=item.answer,
-        steps=None,
-        signature=signature,
-        provenance=Provenance(
-            source=root.name,
-            family=family,
-            license="unknown",
-            split=split_of(signature),
-            generator="phikit.data.media.layouts",
-            version="1",
-            seed=0,
-            index=index,
-        ),
-        media=item.media,
-        styles=() if item.speaker is None else (f"voice:{item.speaker}",),
+    return new_problem(
+        item.question,
+        item.answer,
+        item.media,
+        source=root.name,
+        family=family,
+        index=index,
+        names=[str(file.relative_to(root)) for of in item.media.values() for file in of],
+        speaker=item.speaker,
     )
 
 
@@ -121,9 +107,7 @@ def _llava(path: Path) -> Iterator[Item]:
             raise DataError(f"{place}: no picture in {named!r:.80}", fix="name its files")
         if not said.strip():
             raise DataError(f"{place}: gpt says nothing", fix="leave it out")
-        marks = "".join(f"<|image_{k}|>" for k in range(1, len(images) + 1))
-        text = asked.replace("<image>", "").strip()
-        yield Item(marks + text, said, {VISION: tuple(inside(path.parent, i) for i in images)})
+        yield Item(asked, said, {VISION: tuple(inside(path.parent, image) for image in images)})
 
 
 def _turns(row: Any, place: str) -> tuple[str, str]:
@@ -146,9 +130,9 @@ def _librispeech(path: Path) -> Iterator[Item]:
         for line in _text(transcript).splitlines():
             name, _, words = line.partition(" ")
             if words.strip():
-                file = transcript.parent / f"{name}.flac"
+                file = inside(transcript.parent, f"{name}.flac")
                 speaker = name.partition("-")[0]
-                yield Item(DICTATION, words.strip().lower(), {SPEECH: (file,)}, speaker)
+                yield Item(PROMPTS[SPEECH], words.strip().lower(), {SPEECH: (file,)}, speaker)
 
 
 def _common_voice(path: Path) -> Iterator[Item]:
@@ -165,7 +149,7 @@ def _common_voice(path: Path) -> Iterator[Item]:
         if not clip or not words:
             raise DataError(f"{path}: row {number} has no path or no sentence: {row!r:.200}")
         sound = inside(path.parent / "clips", clip)
-        yield Item(DICTATION, words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
+        yield Item(PROMPTS[SPEECH], words.strip(), {SPEECH: (sound,)}, row.get("client_id"))
 
 
 def _text(path: Path) -> str:
@@ -182,7 +166,7 @@ def _text(path: Path) -> str:
 def _spoken_digits(path: Path) -> Iterator[Item]:
     for file in sorted(path.glob("[0-9]_*_*.wav")):
         digit, speaker, _ = file.stem.split("_", 2)
-        yield Item(DICTATION, NUMERALS[int(digit)], {SPEECH: (file,)}, speaker)
+        yield Item(PROMPTS[SPEECH], NUMERALS[int(digit)], {SPEECH: (file,)}, speaker)
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Item]]] = {

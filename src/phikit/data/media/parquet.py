@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from phikit.base.errors import DataError, MissingExtraError
 from phikit.base.files import replacing
 from phikit.data.media.encode import file_bytes, suffix_of
@@ -20,9 +22,13 @@ from phikit.data.media.rows import Columns, from_record, problem_of, record_of, 
 
 MARK = b"phikit.media"
 """In the metadata of our own files: the columns that hold media, as JSON."""
-BATCH_ROWS = 64
+_NAMES = TypeAdapter(list[str])
+BATCH_ROWS = 8
+"""Decoded at once."""
 MAX_GROUP_BYTES = 4 << 30
 """Of a row group, uncompressed; a larger one is refused before it is read."""
+MAX_BYTES = 16 << 30
+"""Of all rows of a file once they are decoded: one value that many rows share is stored once."""
 
 
 def write_parquet(problems: Sequence[MediaProblem], path: Path) -> None:
@@ -54,7 +60,7 @@ def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[MediaPr
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     for file in files:
-        modalities, rows = _rows(file)
+        modalities, rows = _rows(file, columns)
         if columns is None and modalities is None:
             raise DataError(
                 f"{file} does not say which columns hold media",
@@ -67,11 +73,14 @@ def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[MediaPr
                     row, columns, source=file.name, family="parquet", index=index, root=file.parent
                 )
                 continue
-            media = {
-                name: stored_items(
-                    row.get(name) or (), f"{place}, {name}", modality=name, root=None
+            cells = {name: row.get(name) or [] for name in modalities or ()}
+            if wrong := [name for name, cell in cells.items() if not isinstance(cell, list)]:
+                raise DataError(
+                    f"{place}: no list in the column {wrong[0]!r}", fix="write it again"
                 )
-                for name in modalities or ()
+            media = {
+                name: stored_items(cell, f"{place}, {name}", modality=name, root=None)
+                for name, cell in cells.items()
             }
             yield from_record(row, {k: of for k, of in media.items() if of}, place=place)
 
@@ -114,8 +123,9 @@ def _row(problem: MediaProblem, modalities: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _rows(file: Path) -> tuple[list[str] | None, Iterator[dict[str, Any]]]:
-    """Which columns hold media, if the file says so, and its rows, read batch by batch."""
+def _rows(file: Path, columns: Columns | None) -> tuple[list[str] | None, Iterator[dict[str, Any]]]:
+    """Which columns hold media, if the file says so, and its rows, read batch by batch; of a file
+    that has all `columns`, these alone."""
     pa, pq = _arrow()
 
     def damaged(error: Exception) -> DataError:
@@ -124,7 +134,7 @@ def _rows(file: Path) -> tuple[list[str] | None, Iterator[dict[str, Any]]]:
     try:
         table = pq.ParquetFile(file)
         marked = (table.schema_arrow.metadata or {}).get(MARK)
-        modalities = None if marked is None else [str(name) for name in json.loads(marked)]
+        modalities = None if marked is None else _NAMES.validate_json(marked)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(error) from error
     for group in range(table.metadata.num_row_groups):
@@ -134,9 +144,20 @@ def _rows(file: Path) -> tuple[list[str] | None, Iterator[dict[str, Any]]]:
                 fix="write it with smaller row groups",
             )
 
+    wanted = None
+    if columns is not None:
+        named = {columns.answer, *columns.media.values(), columns.question or columns.answer}
+        wanted = sorted(named) if named.issubset(table.schema_arrow.names) else None
+
     def rows() -> Iterator[dict[str, Any]]:
+        total = 0
         try:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS):
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                total += batch.nbytes
+                if total > MAX_BYTES:
+                    raise DataError(
+                        f"{file} has more than {MAX_BYTES} bytes decoded", fix="write shards"
+                    )
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(error) from error

@@ -7,6 +7,7 @@ sound as `{"bytes", "path"}`; decoded, a picture is Pillow's and a sound is `{"a
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -28,8 +29,9 @@ from phikit.data.split import split_of
 
 PROMPTS = {SPEECH: "Write down what is said.", VISION: "Describe the picture."}
 """What is asked of media that come with a text and no question."""
-REMOTE = "hf://"
-"""Where files of the hub's data sets are; no other address is followed."""
+REMOTE = re.compile(r"(zip://(?:(?!::).)+::)?hf://(?:(?!::).)+")
+"""Where files of the hub's data sets are, on it or in an archive on it; no other address is
+followed, and none in a chain with it."""
 _RECORD = TypeAdapter(Problem)
 
 
@@ -98,29 +100,43 @@ def new_problem(
     source: str,
     family: str,
     index: int,
-    names: list[str],
+    names: Sequence[str],
+    speaker: str | None = None,
 ) -> MediaProblem:
     """A problem of outside data; a question without placeholders gets them in front.
 
+    All questions about an item, and all that one speaker says, are in one split: that of the
+    speaker, or else of the first item.
+
     Args:
-        names: of its media, for the signature.
+        names: of its media, by which the same one is recognised.
+        speaker: whose voice it is, if that is known.
+
+    Raises DataError for text with half of a surrogate pair, which no tokenizer takes.
     """
     question, answer = question.replace("<image>", "").strip(), answer.strip()
     marks = [f"<|{word_of(m)}_{k}|>" for m, of in media.items() for k in range(1, len(of) + 1)]
     if not any(mark in question for mark in marks):
         question = "".join(marks) + question
     signature = " ".join([family, *names, normalise(question), normalise(answer)])
+    try:
+        signature.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source}, item {index}: {error}", fix="write it as UTF-8") from error
+    styles = () if speaker is None else (f"voice:{speaker}",)
     provenance = Provenance(
         source=source,
         family=family,
         license="unknown",
-        split=split_of(signature),
+        split=split_of(next(iter((*styles, *names)), signature)),
         generator=__name__,
         version="1",
         seed=0,
         index=index,
     )
-    return MediaProblem(question, answer, None, answer, None, signature, provenance, media=media)
+    return MediaProblem(
+        question, answer, None, answer, None, signature, provenance, media=media, styles=styles
+    )
 
 
 def record_of(problem: MediaProblem) -> dict[str, Any]:
@@ -196,7 +212,7 @@ def _load(cell: Any, *, modality: str, root: Path | None) -> NDArray[Any] | Path
         data, path = cell.get("bytes"), cell.get("path")
         if isinstance(data, bytes):
             return data
-        if isinstance(path, str) and path.rpartition("::")[2].startswith(REMOTE):
+        if isinstance(path, str) and REMOTE.fullmatch(path):
             return _fetched(path)
         if isinstance(path, str) and root is not None:
             return inside(root, path)

@@ -143,6 +143,7 @@ def _members(shard: Path) -> Iterator[Member]:
             for count, member in enumerate(tar):
                 if count == MAX_MEMBERS:
                     raise DataError(f"{shard} has more than {MAX_MEMBERS} members", fix="split it")
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all
                 end = _check(shard, member, end)
                 if member.isreg():
                     yield Member(shard, member.name, member.offset_data, member.size)
@@ -150,7 +151,7 @@ def _members(shard: Path) -> Iterator[Member]:
             file.seek(end)
             if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                 raise DataError(f"{shard} is damaged at byte {end}", fix="fetch it again")
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         raise DataError(
             f"{shard} is no plain tar file, or damaged: {error}",
             fix="fetch it again, or uncompress it",

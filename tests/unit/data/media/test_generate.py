@@ -15,6 +15,7 @@ from phikit.base.media import SPEECH, VISION, word_of
 from phikit.chat.render import renderer_for
 from phikit.chat.tokenizer import Tokenizer
 from phikit.data.media import canvas, fonts
+from phikit.data.media import generate as media_generate
 from phikit.data.media.generate import FAMILIES, generate, scans_of
 from phikit.data.media.problem import MediaProblem, length_buckets, spelt
 from phikit.data.media.speak import SPEAKERS, Voice, speak
@@ -136,13 +137,25 @@ def test_what_was_heard_is_thought_before_the_answer(made, family: str):
         assert reply.thinking not in problem.question
 
 
-def test_every_scan_belongs_to_one_split_whichever_family_shows_it():
+def test_every_scan_belongs_to_one_split_whichever_family_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
     parts = {split: {n for d in range(10) for n in scans_of(split, d)} for split in SPLITS}
     assert set.union(*parts.values()) == set(range(1797))
     assert sum(map(len, parts.values())) == 1797
+    asked: list[str] = []
+
+    def recorded(split: Split, digit: int):
+        asked.append(split)
+        return scans_of(split, digit)
+
+    monkeypatch.setattr(media_generate, "scans_of", recorded)
     for split in SPLITS:
         for problem in generate(family="digit", seed=1, count=COUNT, split=split):
             assert int(problem.signature.split()[1]) in parts[split]
+        asked.clear()
+        generate(family="scans", seed=1, count=COUNT, split=split)
+        assert asked and {*asked} == {split}
 
 
 def test_a_reply_that_a_picture_shows_is_learnt_letter_by_letter(nano_tokenizer: Tokenizer):

@@ -1,19 +1,22 @@
 """Parquet files of others, and those that are none."""
 
+import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from phikit.base.errors import DataError
-from phikit.data.media import parquet
+from phikit.data.media import parquet, rows
 from phikit.data.media.layouts import read_layout
 from phikit.data.media.parquet import write_parquet
 from phikit.data.media.problem import MediaProblem, Stored
 from phikit.data.media.rows import Columns
 from phikit.data.problem import Provenance
 from phikit.data.source import MediaFileSource, load_problems
-from phikit.data.split import split_of
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -41,7 +44,7 @@ def test_columns_are_named(tmp_path: Path):
     with pytest.raises(DataError, match="leads out"):
         items[2].load()
     source = MediaFileSource(layout="parquet", path=str(tmp_path), columns=columns)
-    split = split_of(found[0].signature)
+    split: Any = found[0].provenance.split
     here = load_problems(source, split=split, seed=0)
     assert [p.answer for p in here] == [p.answer for p in found if p.provenance.split == split]
 
@@ -60,6 +63,56 @@ def test_a_row_without_an_item_is_a_fault(tmp_path: Path):
             item.load()
     names = [item.name for item in found[2].media["vision"] if isinstance(item, Stored)]
     assert names == ["x.parquet, row 2, image 1", "x.parquet, row 2, image 2"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "file:///etc/hostname::hf://x",
+        "local:///etc/hostname::hf://x",
+        "simplecache::file:///etc/hostname::hf://x",
+        "http://127.0.0.1:1/::hf://x",
+        "http://127.0.0.1:1/",
+        "hf://a::file:///etc/hostname",
+        "zip://a::file:///etc/hostname::hf://x",
+    ],
+)
+def test_a_cell_reaches_nothing_but_the_hub(path: str):
+    [item] = rows.stored_items(
+        [{"bytes": None, "path": path}], "cell", modality="vision", root=None
+    )
+    with pytest.raises(DataError, match="neither bytes nor a file"):
+        item.load()
+
+
+@pytest.mark.parametrize("path", ["hf://datasets/a/b@main/x.png", "zip://x/y.png::hf://a/b.zip"])
+def test_but_that_it_does(path: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def opened(path: str, mode: str):
+        asked.append(path)
+        return io.BytesIO(b"0123456789")
+
+    monkeypatch.setitem(sys.modules, "fsspec", SimpleNamespace(open=opened))
+    [item] = rows.stored_items([{"path": path}], "cell", modality="vision", root=None)
+    assert item.load() == b"0123456789" and asked == [path]
+    monkeypatch.setattr(rows, "MAX_ITEM_BYTES", 9)
+    with pytest.raises(DataError, match="larger than 9"):
+        item.load()
+
+
+def test_one_value_that_many_rows_share_is_counted_for_each(tmp_path, monkeypatch):
+    """Stored once, it would fill the memory."""
+    cells = [{"bytes": b"0" * 100_000, "path": None}] * 64
+    table = pa.table({"image": cells, "caption": ["A cat."] * 64, "other": [b"1" * 100_000] * 64})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    columns = Columns(answer="caption", media={"vision": "image"})
+    monkeypatch.setattr(parquet, "MAX_BYTES", 7_000_000)  # half of what there is, other included
+    assert len(read_layout("parquet", tmp_path / "x.parquet", columns=columns)) == 64
+    monkeypatch.setattr(parquet, "MAX_BYTES", 3_000_000)
+    with pytest.raises(DataError, match="more than 3000000 bytes decoded"):
+        read_layout("parquet", tmp_path / "x.parquet", columns=columns)
 
 
 def test_mistakes_are_typed(tmp_path: Path):

@@ -43,6 +43,15 @@ def test_shards_of_others(tmp_path: Path):
     assert [p.answer for p in read_shards(tmp_path)] == ["A cat.", "Ann", "A dog."]
 
 
+def test_a_chain_of_headers_is_no_file(tmp_path: Path):
+    name = tarfile.TarInfo("p")
+    name.size, name.type = 5, tarfile.GNUTYPE_LONGNAME
+    link = name.tobuf(tarfile.USTAR_FORMAT) + b"aaaa\0" + bytes(507)
+    (tmp_path / "a.tar").write_bytes(3_000 * link)
+    with pytest.raises(DataError, match="no plain tar file, or damaged"):
+        list(read_shards(tmp_path / "a.tar"))
+
+
 @pytest.mark.parametrize(
     ("name", "header", "reason"),
     [
