@@ -38,8 +38,9 @@ MAX_SECONDS = 1800.0
 """Half an hour, the longest speech in the model's training data."""
 MAX_BYTES = 512 << 20
 """Half an hour of uncompressed stereo at 48 kHz and 16 bits is 346 MB."""
-MAGIC = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
-"""WAV, FLAC, OGG, and MP3 with and without tags."""
+MP3 = (b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")
+"""With tags, and without."""
+MAGIC = (b"RIFF", b"fLaC", b"OggS", *MP3)
 MAX_LEVEL = 1e6
 """Of a sample, where 1 is full scale; beyond it the energies of a frame are no float32."""
 RATES_HZ = range(4_000, 384_001)

@@ -6,7 +6,7 @@ costs a hundredth of what learning through the language model does.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -42,8 +42,9 @@ from phikit.weights.surgery import adapt, attach, parts, thaw_text, train_only
 
 FAULTS = "faults.json"
 """The items of a stage that could not be read, in its folder."""
-ENCODED_AT_ONCE = 64
-"""Examples whose items a frozen encoder is given together."""
+ENCODED_AT_ONCE, ENCODED_TOKENS = 64, 4096
+"""Most examples whose items a frozen encoder is given together, and most tokens of such items: 4096
+are five minutes and a half of sound. A single example may have more."""
 MEASURED_CLIPS = 500
 """Clips whose mel bands are measured."""
 
@@ -206,14 +207,27 @@ def _encoded(examples: Sequence[Example], model: Decoder, stage: MediaStage) -> 
         if "encoder" in stage.learns.get(name, ()) or is_masked:
             continue
         having = [i for i, each in enumerate(done) if each.media and each.media.items.get(name)]
-        for start in range(0, len(having), ENCODED_AT_ONCE):
-            chunk = having[start : start + ENCODED_AT_ONCE]
+        sizes = [sum(item.num_tokens for item in _items(done[i])[name]) for i in having]
+        for piece in pieces(sizes, most=ENCODED_AT_ONCE, total=ENCODED_TOKENS):
+            chunk = having[piece.start : piece.stop]
             items = [_items(done[i])[name] for i in chunk]
             encoded = iter(sense.encoded([item for of in items for item in of]))
             for i, of in zip(chunk, items, strict=True):
                 new = {**_items(done[i]), name: tuple(next(encoded) for _ in of)}
                 done[i] = replace(done[i], media=of_items(new))
     return done
+
+
+def pieces(sizes: Sequence[int], *, most: int, total: int) -> Iterator[range]:
+    """Runs of at most so many things, of at most `total` together; a single one may be larger."""
+    start, size = 0, 0
+    for stop, of_one in enumerate(sizes):
+        if stop > start and (stop - start == most or size + of_one > total):
+            yield range(start, stop)
+            start, size = stop, 0
+        size += of_one
+    if sizes:
+        yield range(start, len(sizes))
 
 
 def _items(example: Example) -> dict[str, tuple[Any, ...]]:

@@ -65,7 +65,7 @@ class ImagePart(Wire):
 
 class InputAudio(Wire):
     data: str
-    format: Literal["wav", "flac", "ogg"]
+    format: Literal["wav", "flac", "ogg", "mp3"]
 
 
 class InputAudioPart(Wire):

@@ -26,7 +26,7 @@ from phikit.models.modality import AdapterConfig
 from phikit.models.senses import VisionModality
 from phikit.recipes.config import MediaStage
 from phikit.recipes.context import StageContext
-from phikit.recipes.media import FAULTS, Vocabulary, prepare_media
+from phikit.recipes.media import FAULTS, Vocabulary, pieces, prepare_media
 from phikit.train.contrastive import ContrastiveConfig, ContrastiveObjective
 from phikit.train.loop import LoopConfig
 from phikit.train.media import MediaSFTConfig
@@ -141,6 +141,13 @@ def test_pairs_instead_of_questions(source, context):
     assert item.media is not None and text.media is None and len(text) > 1
     with pytest.raises(ValueError, match="give the stage a reader"):
         stage(source, contrastive=contrastive)
+
+
+def test_pieces_are_bounded_by_number_and_by_size():
+    sizes = [3, 3, 3, 1, 1, 1, 50, 2, 2, 9]
+    found = [[sizes[i] for i in piece] for piece in pieces(sizes, most=3, total=10)]
+    assert found == [[3, 3, 3], [1, 1, 1], [50], [2, 2], [9]]
+    assert [*pieces([], most=3, total=10)] == []
 
 
 def test_a_vocabulary_of_what_occurs():

@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phikit.base.errors import DataError, MissingExtraError
-from phikit.chat.audio import MAX_BYTES, RATE_HZ
+from phikit.chat.audio import MAX_BYTES, MP3, RATE_HZ
 from phikit.data.media.problem import Source, Stored
 
 MAX_ITEM_BYTES = MAX_BYTES
 """Larger items are neither written nor read."""
 IEEE_FLOAT = 3
-MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"fLaC": "flac", b"OggS": "ogg"}
+MAGIC = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpg",
+    b"fLaC": "flac",
+    b"OggS": "ogg",
+    **dict.fromkeys(MP3, "mp3"),
+}
 
 
 def file_bytes(source: Source, *, where: str) -> bytes:

@@ -29,7 +29,7 @@ from phikit.data.media.rows import PROMPTS, from_record, new_problem, record_of
 
 KINDS = {
     **dict.fromkeys(("png", "jpg", "jpeg", "webp"), VISION),
-    **dict.fromkeys(("wav", "flac", "ogg"), SPEECH),
+    **dict.fromkeys(("wav", "flac", "ogg", "mp3"), SPEECH),
 }
 """What files of others are, by the end of their names."""
 SHARD_BYTES = 1 << 30
