@@ -56,7 +56,6 @@ def served(tiny_model, nano_tokenizer, tmp_path_factory) -> Iterator[Any]:
         VARIABLE: "",
     }
     command = [sys.executable, "-c", WATCHED, "serve", str(folder / "tiny"), "--port", "0"]
-    command += ["--limit", "shutdown_s=3"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
