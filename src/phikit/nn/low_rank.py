@@ -45,7 +45,8 @@ def grouped_update(x_NTD: Tensor, adapters: Sequence[Factors], counts: Sequence[
 def add_update(
     y_NTO: Tensor, x_NTD: Tensor, adapters: Sequence[Factors], counts: Sequence[int]
 ) -> Tensor:
-    """`y_NTO` plus `grouped_update` of the other arguments, in its memory."""
+    """`y_NTO`, which is contiguous, plus `grouped_update` of the other arguments, in its memory."""
+    assert y_NTO.is_contiguous(), y_NTO.stride()
     is_alike = y_NTO.dtype == x_NTD.dtype == adapters[0].a_RD.dtype
     is_plain = is_alike and not torch.is_autocast_enabled(x_NTD.device.type)
     if is_plain and (len(adapters) == 1 or x_NTD.device.type == "cpu"):

@@ -374,8 +374,9 @@ def generate(
     split: Split,
     on_item: Callable[[], object] = lambda: None,
 ) -> list[MediaProblem]:
-    """`count` problems of one family and split; the same arguments give the same bits.
+    """`count` problems of one family and split.
 
+    The same arguments give the same bits where the same packages of fonts and voices are installed.
     `on_item` is called after each, for a progress bar: speech takes ten milliseconds.
 
     Raises:

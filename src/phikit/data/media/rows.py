@@ -140,7 +140,7 @@ def new_problem(
 
 
 def record_of(problem: MediaProblem) -> dict[str, Any]:
-    """All of a problem but its media, as plain data."""
+    """All of a problem but its media and their marks, as plain data."""
     whole = {f.name: getattr(problem, f.name) for f in fields(Problem)}
     return whole | {"provenance": asdict(problem.provenance), "styles": [*problem.styles]}
 

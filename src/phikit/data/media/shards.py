@@ -80,7 +80,8 @@ def write_shards(
         shard_bytes: a shard that has reached this size is followed by another.
 
     Raises:
-        DataError: an item cannot be read, or the folder holds shards already.
+        DataError: an item cannot be read, a text is too long to be read again, or the folder holds
+            shards already.
         StorageError: the disk is full or the folder may not be written.
     """
     with storage_errors(folder):
@@ -130,8 +131,10 @@ def _files(problem: MediaProblem, key: str) -> Iterator[tuple[str, bytes]]:
             ending = f"{modality}_{k}.{suffix_of(data)}"
             items[ending] = data
             media.setdefault(modality, []).append(ending)
-    record = record_of(problem) | {"media": media}
-    yield f"{key}.json", json.dumps(record, ensure_ascii=False).encode()
+    record = json.dumps(record_of(problem) | {"media": media}, ensure_ascii=False).encode()
+    if len(record) > MAX_TEXT_BYTES:
+        raise DataError(f"{where}: {len(record)} bytes of text; at most {MAX_TEXT_BYTES} are read")
+    yield f"{key}.json", record
     for ending, data in items.items():
         yield f"{key}.{ending}", data
 
