@@ -73,6 +73,10 @@ def test_recall():
     assert recall_at(a_PD, b_PD, torch.tensor([0, 1, 2]), k=1) == pytest.approx(2 / 3)
     assert recall_at(a_PD, b_PD, torch.tensor([0, 0, 2]), k=1) == 1.0
     assert recall_at(a_PD, b_PD, torch.tensor([0, 1, 2]), k=2) == 1.0
+    for chunk in (1, 2):
+        assert recall_at(a_PD, b_PD, torch.tensor([0, 1, 2]), k=1, chunk=chunk) == pytest.approx(
+            2 / 3
+        )
 
 
 def test_a_row_is_embedded_alike_alone_and_in_a_batch(tiny_model: Callable[..., Decoder]):

@@ -126,7 +126,7 @@ class ContrastiveObjective:
         labels_P = batch.extras["labels"]
         chunk = self.config.chunk_pairs
         total = sigmoid_loss(items_PD, texts_PD, labels_P, similarity, chunk=chunk)
-        recall = recall_at(items_PD.detach(), texts_PD.detach(), labels_P, k=1)
+        recall = recall_at(items_PD.detach(), texts_PD.detach(), labels_P, k=1, chunk=chunk)
         return LossOutput(total, {"recall": torch.tensor(recall * len(labels_P))})
 
 
@@ -168,11 +168,13 @@ def sigmoid_loss(
     return torch.stack(losses).sum()  # pyright: ignore[reportArgumentType]
 
 
-def recall_at(a_PD: Tensor, b_PD: Tensor, labels_P: Tensor, *, k: int) -> float:
+def recall_at(a_PD: Tensor, b_PD: Tensor, labels_P: Tensor, *, k: int, chunk: int = 1024) -> float:
     """Share of rows of `a` with an equal label among the `k` most similar rows of `b`.
 
-    Ties count in the order of `b`; recall from texts to items is the same with both swapped.
+    Ties count in the order of `b`; recall from texts to items is the same with both swapped. Rows
+    of `a` are taken `chunk` at a time, so memory grows with P x chunk.
     """
-    found = (a_PD @ b_PD.T).topk(min(k, len(b_PD)), dim=1).indices
+    nearest = min(k, len(b_PD))
+    found = torch.cat([(a_CD @ b_PD.T).topk(nearest, dim=1).indices for a_CD in a_PD.split(chunk)])
     labels_P = labels_P.to(found.device)
     return float((labels_P[found] == labels_P[:, None]).any(1).float().mean())
