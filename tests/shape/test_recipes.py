@@ -17,6 +17,7 @@ from phikit.recipes import PIPELINES
 from phikit.recipes.budget import budget
 from phikit.recipes.config import MediaStage, PipelineConfig
 from phikit.recipes.pipeline import stage_folders
+from phikit.weights.surgery import attach, parts
 
 NAMES = sorted(PIPELINES)
 PIPELINE_OPTIONS = {"--set", "--dry-run", "--out", "--resume", "--from"}
@@ -48,7 +49,17 @@ def test_a_recipe_builds_on_meta_and_has_a_budget(name: str):
     costs = budget(config)
     total = sum(p.numel() for p in model.parameters())
     if config.modalities:
-        assert costs.parameters.total >= total + costs.parameters.trainable
+        for modality in config.modalities:
+            attach(model, modality)
+        stages = [stage for stage in config.stages if isinstance(stage, MediaStage)]
+        learnt = {(name, part) for of in stages for name in of.learns for part in of.learns[name]}
+        sizes = {
+            (name, part): sum(p.numel() for p in of)
+            for name in model.senses
+            for part, of in parts(model, name)._asdict().items()
+        }
+        assert costs.parameters.total == total + sum(sizes.values())
+        assert costs.parameters.trainable == sum(sizes[key] for key in learnt)
     elif config.lora is None:
         assert costs.parameters == (total, total)
     else:

@@ -141,7 +141,7 @@ class _Estimator:
         """Freeze all but what the stage trains. An adapter of the text model has seen to that."""
         if isinstance(stage, MediaStage):
             train_only(self.model, stage.learns)
-            if stage.backbone or stage.reader is not None:
+            if stage.backbone:
                 thaw_text(self.model)
         elif self.config.modalities:
             self.model.requires_grad_(False)
@@ -198,7 +198,8 @@ class _Estimator:
         shape = reader.model_copy(update={"vocab_size": READER_VOCABULARY})
         base = self.config.base.model_copy(update={"model": shape})
         bare = [each.without_adapter() for each in self.config.modalities]
-        changes = {"base": base, "modalities": bare, "stages": (stage,)}
+        alone = stage.model_copy(update={"reader": None, "backbone": True})
+        changes = {"base": base, "modalities": bare, "stages": (alone,)}
         return _Estimator(self.config.model_copy(update=changes))
 
     def _dpo(self, stage: DPOStage) -> StageBudget:

@@ -80,6 +80,17 @@ def test_what_is_trained_is_what_some_stage_trains():
         assert (more > 12 * text) == trains_text
 
 
+def test_a_reader_is_trained_and_the_text_model_is_not():
+    config = see_and_hear(without="see")
+    start = config.stages[0].model_copy(update={"alone": None, "reader": MODEL})
+    plain, read = (
+        budget(config.model_copy(update={"stages": (stage, *config.stages[1:])}))
+        for stage in (config.stages[0], start)
+    )
+    assert read.parameters == plain.parameters
+    assert read.stages[0].memory.weights < plain.stages[0].memory.weights / 10
+
+
 def test_an_adapter_that_is_not_there_is_missed_at_once():
     with pytest.raises(ConfigError, match=r"stages\.vision3\.learns: 'vision' has no adapter"):
         see_and_hear().override(["modalities.vision.adapter=null"])

@@ -23,8 +23,8 @@ from phikit.data.media.rows import Columns, from_record, problem_of, record_of, 
 MARK = b"phikit.media"
 """In the metadata of our own files: the columns that hold media, as JSON."""
 _NAMES = TypeAdapter(list[str])
-BATCH_ROWS = 8
-"""Decoded at once."""
+WRITTEN_ROWS, READ_ROWS = 64, 8
+"""Rows of a row group that is written, and rows that are decoded at once."""
 MAX_GROUP_BYTES = 4 << 30
 """Of a row group, uncompressed; a larger one is refused before it is read."""
 MAX_BYTES = 16 << 30
@@ -44,7 +44,7 @@ def write_parquet(problems: Sequence[MediaProblem], path: Path) -> None:
     schema = _schema(pa, modalities)
     rows = (_row(problem, modalities) for problem in problems)
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        while batch := list(islice(rows, BATCH_ROWS)):
+        while batch := list(islice(rows, WRITTEN_ROWS)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
@@ -152,7 +152,7 @@ def _rows(file: Path, columns: Columns | None) -> tuple[list[str] | None, Iterat
     def rows() -> Iterator[dict[str, Any]]:
         total = 0
         try:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+            for batch in table.iter_batches(batch_size=READ_ROWS, columns=wanted):
                 total += batch.nbytes
                 if total > MAX_BYTES:
                     raise DataError(
