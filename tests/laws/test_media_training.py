@@ -64,13 +64,12 @@ def test_ranks_share_a_step(tiny_model: Callable[..., Decoder]):
     shares = [objective(model, rank=Rank(k, 2)).step_data(0).batches for k in range(2)]
 
     def seen(batches: Sequence[Batch]) -> list[list[int]]:
-        return sorted(row.tolist() for batch in batches for row in batch.tokens_BT)
-
-    def real(rows: list[list[int]]) -> list[list[int]]:
+        """Rows without their padding."""
+        rows = [row for batch in batches for row in batch.tokens_BT.tolist()]
         return sorted([token for token in row if token] for row in rows)
 
     assert all(shares)
-    assert real([*seen(shares[0]), *seen(shares[1])]) == real(seen(whole))
+    assert seen([*shares[0], *shares[1]]) == seen(whole)
 
 
 def test_every_row_is_shown_as_often_as_there_are_epochs(tiny_model: Callable[..., Decoder]):

@@ -16,7 +16,7 @@ from phikit.base.errors import ChatError
 from phikit.base.media import MediaTokens
 from phikit.chat.tokenizer import Part
 
-_PLACEHOLDER = re.compile(r"<\|([a-z][a-z0-9]*)_([0-9]{1,4})\|>")
+PLACEHOLDER = re.compile(r"<\|([a-z][a-z0-9]*)_([0-9]{1,4})\|>")
 
 
 def expand_placeholders(
@@ -36,7 +36,7 @@ def expand_placeholders(
     for text in texts:
         parts: list[Part] = []
         end = 0
-        for match in _PLACEHOLDER.finditer(text):
+        for match in PLACEHOLDER.finditer(text):
             kind, number = match[1], int(match[2])
             if kind not in counts:
                 continue

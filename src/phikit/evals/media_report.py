@@ -125,7 +125,7 @@ def _text_model(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def _faults(stages: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        f"<li>{escape(stage['name'])}: {escape(fault['item'])}: {escape(fault['reason'])}</li>"
+        f"{stage['name']}: {fault['item']}: {fault['reason']}"
         for stage in stages
         for fault in stage.get("items", {}).get("faults", ())
     ]
@@ -134,14 +134,13 @@ def _faults(stages: Sequence[Mapping[str, Any]]) -> str:
     unasked = next((s["unasked"] for s in reversed(stages) if s.get("unasked") is not None), ())
     if unasked:
         told += f"<p class=notes>{len(unasked)} held-out problems could not be asked, and count as "
-        told += "answered with nothing.</p>" + _list(
-            [f"<li>{escape(each)}</li>" for each in unasked]
-        )
+        told += f"answered with nothing.</p>{_list(unasked)}"
     return told
 
 
 def _list(lines: Sequence[str]) -> str:
-    return f"<ul class=notes>{''.join(lines)}</ul>" if lines else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul class=notes>{items}</ul>" if items else ""
 
 
 def _gallery(entries: Sequence[Mapping[str, Any]]) -> str:

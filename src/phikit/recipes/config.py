@@ -232,7 +232,7 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _has_senses(self) -> Self:
         known = {modality.name for modality in self.modalities}
-        bare = {modality.name for modality in self.modalities if modality.adapter is None}
+        bare = [modality.name for modality in self.modalities if modality.adapter is None]
         for stage in self._media_stages():
             if not known.issuperset(stage.learns):
                 missing = sorted({*stage.learns} - known)

@@ -8,8 +8,8 @@ the first: its logits and its replies must be the same, bit for bit.
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from phikit.base.device import one_thread
 from phikit.base.errors import DataError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.base.progress import Progress
+from phikit.chat.media import PLACEHOLDER
 from phikit.chat.message import Message
 from phikit.data.corpus import Document, pretraining_documents
 from phikit.data.media.generate import drafts
@@ -30,7 +31,7 @@ from phikit.data.problem import Problem
 from phikit.data.source import FileSource, MediaFileSource, MediaSource, load_problems
 from phikit.evals.media_report import shown_items
 from phikit.evals.senses import chance, figures, sense_scorer
-from phikit.evals.task import EvalResult, ReplyRecord, Task, evaluate
+from phikit.evals.task import EvalResult, ProblemRecord, Task, evaluate
 from phikit.evals.transcripts import render_transcript, transcripts, write_transcripts
 from phikit.generate.engine import Engine
 from phikit.generate.request import Request
@@ -43,7 +44,6 @@ from phikit.weights.load import Loaded
 
 TEXT = "text.json"
 """A `TextState`, in the folder of its stage."""
-PLACEHOLDER = re.compile(r"<\|[a-z][a-z0-9]*_\d+\|>")
 DOCUMENTS, TEXTS, TEXT_TOKENS = 80, 16, 48
 """Documents on which the text model is compared, and the rows that are cut from them."""
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Write a short poem.")
@@ -218,7 +218,12 @@ class SensePipeline(Pipeline):
         if result is not None:
             line |= result.summary() | {
                 "transcripts": [t.to_dict() for t in transcripts(result, per_status=6)],
-                "unasked": [r.reason for r in _replies(result) if r.status == "error"],
+                "unasked": [
+                    reply.reason
+                    for record in result.records
+                    for reply in record.replies
+                    if reply.status == "error"
+                ],
             }
         faults = path / FAULTS
         if faults.is_file():
@@ -259,11 +264,8 @@ class SensePipeline(Pipeline):
             if not self._evaluation_path(path).is_file():
                 continue
             for result in self._evaluation(path).values():
-                for family in shown:
-                    records = [record for record in result.records if record.family == family]
-                    for place, record in enumerate(records[:SHOWN]):
-                        replies = said.setdefault((family, place), {})
-                        replies[name] = record.replies[0].answer
+                for key, record in _numbered(result.records):
+                    said.setdefault(key, {})[name] = record.replies[0].answer
         return [
             {
                 "family": family,
@@ -306,8 +308,12 @@ def text_state(loaded: Loaded) -> TextState:
     return TextState(_hash(raw), _hash(repr(said).encode()), float(loss))
 
 
-def _replies(result: EvalResult) -> list[ReplyRecord]:
-    return [reply for record in result.records for reply in record.replies]
+def _numbered(records: Iterable[ProblemRecord]) -> Iterator[tuple[tuple[str, int], ProblemRecord]]:
+    """Records with their family and their place in it."""
+    places: Counter[str] = Counter()
+    for record in records:
+        yield (record.family, places[record.family]), record
+        places[record.family] += 1
 
 
 def _text_of(document: Document) -> str:

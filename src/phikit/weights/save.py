@@ -7,7 +7,6 @@ written tensor by tensor from where they lie, so saving needs no second copy of 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ from torch import Tensor
 from phikit.base.errors import WeightsError
 from phikit.base.files import storage_errors, write_atomic
 from phikit.models.decoder import Decoder
-from phikit.models.multimodal import SPEECH, VISION, MultimodalModel, adapter_folder, is_beside
+from phikit.models.multimodal import SPEECH, VISION, MultimodalModel, is_beside
 from phikit.models.registry import config_to_hf
 from phikit.nn.lora import lora_linears, route_of
-from phikit.weights.adapter import save_adapter
 from phikit.weights.build import as_rows, named_tensors, stored_parts
 from phikit.weights.load import RENDERER_KEY, Loaded
 from phikit.weights.quantised import KEY, to_hf
 from phikit.weights.safetensors_files import INDEX, SINGLE, dtype_in_file, write_tensors
-from phikit.weights.surgery import save_modalities
+from phikit.weights.surgery import renew_adapter, save_modalities
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size at which Hugging Face libraries begin another file."""
@@ -102,10 +100,7 @@ def save(
 
     _write_shards(folder, tensors, dtype=dtype, max_bytes=max_shard_bytes, on_tensor=count)
     for name in own:
-        if name in adapters:
-            save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
-        else:  # one that was merged since would be read, and count twice
-            shutil.rmtree(folder / adapter_folder(name), ignore_errors=True)
+        renew_adapter(folder, model, name=name, dtype=dtype)
     save_modalities(folder, model, dtype=dtype)
 
 

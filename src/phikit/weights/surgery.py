@@ -221,17 +221,26 @@ def save_modalities(folder: Path, model: Decoder, *, dtype: torch.dtype | None =
         for old in folder.glob("*-modality"):
             if old.name not in {_folder(name) for name in senses}:
                 shutil.rmtree(old)
-                shutil.rmtree(folder / adapter_folder(old.name.removesuffix("-modality")), True)
+                renew_adapter(folder, model, name=old.name.removesuffix("-modality"), dtype=dtype)
         for name, sense in senses.items():
             own = folder / _folder(name)
             own.mkdir(parents=True, exist_ok=True)
             about = {"token": sense.token, "modality": sense.config.model_dump(mode="json")}
             write_atomic(own / CONFIG, json.dumps(about, indent=2) + "\n")
             write_tensors(own / TENSORS, sense.state_dict(), dtype=dtype)
-            if name in route_of(model).names:
-                save_adapter(folder / adapter_folder(name), model, name=name, dtype=dtype)
-            else:
-                shutil.rmtree(folder / adapter_folder(name), ignore_errors=True)
+            renew_adapter(folder, model, name=name, dtype=dtype)
+
+
+def renew_adapter(
+    folder: Path, model: Decoder, *, name: str, dtype: torch.dtype | None = None
+) -> None:
+    """Write an adapter beside its model, or remove what an older save has left there of one that
+    the model has no more: it would be read again, and after a merge count twice."""
+    own = folder / adapter_folder(name)
+    if name in route_of(model).names:
+        save_adapter(own, model, name=name, dtype=dtype)
+    else:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def saved_modalities(folder: Path) -> list[tuple[int, ModalityConfig]]:

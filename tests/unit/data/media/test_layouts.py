@@ -70,13 +70,11 @@ def test_llava_with_several_pictures_or_what_cannot_be_one(tmp_path: Path):
 
 def test_all_that_is_asked_about_an_item_is_in_one_split(tmp_path: Path):
     """Else a test picture, or a test speaker, is trained on under another question."""
-    asked = [("image", f"{k}.png", f"Question {q}?") for k in range(60) for q in range(3)]
+    said = {"from": "gpt", "value": "x"}
     rows = [
-        {
-            "image": name,
-            "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": "x"}],
-        }
-        for _, name, ask in asked
+        {"image": f"{k}.png", "conversations": [{"from": "human", "value": f"{q}?"}, said]}
+        for k in range(60)
+        for q in range(3)
     ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     lines = [f"speaker{k % 40}\t{k}.mp3\tsentence {k}" for k in range(200)]
